@@ -1,0 +1,344 @@
+#include "backend/cpu/attention.h"
+
+#include <xmmintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "base/check.h"
+
+namespace vericache {
+namespace {
+
+// KV is cut at absolute pages into splits of 1,024 tokens. Each is reduced alone and the splits are folded left to
+// right by one formula, whether one thread walks them all or many threads take one each.
+constexpr int kSplitPages = 16;
+// Rows of a block share a KV page from the L2 cache; chunks of them keep scores, weights and sums in L1.
+constexpr int kBlockStackedRows = 128;
+constexpr int kChunkRows = 36;
+constexpr int kMassPages = 8;  // of one task
+constexpr size_t kMaxPartialFloats = size_t{1} << 23;
+constexpr int kInlinePages = 4;  // less than that is done before a thread has woken up
+constexpr float kLog2E = 1.44269504f;
+constexpr float kLn2 = 0.693147181f;
+constexpr int kSumLanes = 16;  // partial sums of a row, SoftmaxRows::sum
+
+int pages_of(int tokens) {
+  return (tokens + kPageTokens - 1) / kPageTokens;
+}
+int tokens_of(const KvView& view, int head) {
+  return view.tokens == nullptr ? 0 : view.tokens[head];
+}
+size_t at(int rows, int columns) {
+  return static_cast<size_t>(rows) * static_cast<size_t>(columns);
+}
+
+void prefetch(const std::byte* data, size_t bytes) {
+  for (size_t i = 0; i < bytes; i += 64) {
+    _mm_prefetch(reinterpret_cast<const char*>(data + i), _MM_HINT_T0);
+  }
+}
+
+// Floats of one split's state for `rows` stacked rows: maximum, 16 partial sums, weighted values.
+size_t state_floats(int rows, int head_dim) {
+  return at(rows, 1 + kSumLanes + head_dim);
+}
+
+// In the total, sum holds one value per row.
+void start_total(const SoftmaxRows& total, int rows) {
+  std::fill_n(total.max, rows, -std::numeric_limits<float>::infinity());
+  std::fill_n(total.sum, rows, 0.0f);
+  std::fill_n(total.acc, at(rows, total.head_dim), 0.0f);
+}
+
+}  // namespace
+
+Attention::Attention(const CpuOps& ops, ThreadPool& pool, const KernelLimits& limits)
+    : ops_(ops), pool_(pool), limits_(limits) {
+  const KvShape& shape = limits.shape;
+  check(shape.head_dim % kPanel == 0 && shape.head_dim <= kMaxHeadDim, "head_dim is a multiple of 16, at most 512");
+  check(shape.kv_heads > 0 && limits.heads % shape.kv_heads == 0, "query heads are shared evenly by the KV heads");
+  const int group = limits.heads / shape.kv_heads;
+  stacked_rows_ = std::max(1, kBlockStackedRows / group) * group;
+  scratch_.resize(static_cast<size_t>(pool.threads()));
+  for (Scratch& s : scratch_) {
+    s.q.resize(at(stacked_rows_, shape.key_dim()));
+    s.page.resize(at(kPageTokens, shape.key_dim() + shape.head_dim));
+    s.scores.resize(at(kChunkRows, kPageTokens));
+    s.weights.resize(at(kChunkRows, kPageTokens));
+    s.visible.resize(static_cast<size_t>(stacked_rows_));
+    s.log_sum_exp2.resize(static_cast<size_t>(stacked_rows_));
+    s.split.resize(state_floats(stacked_rows_, shape.head_dim));
+    s.total.resize(state_floats(stacked_rows_, shape.head_dim));
+  }
+  blocks_.reserve(at(limits.max_rows, shape.kv_heads));
+  const int splits = limits.max_context_tokens / (kPageTokens * kSplitPages) + 2;
+  partials_.resize(
+      std::min(kMaxPartialFloats, state_floats(stacked_rows_, shape.head_dim) * at(4 * pool.threads(), splits)));
+}
+
+SoftmaxRows Attention::rows_at(float* floats, int rows) const {
+  return {floats, floats + rows, floats + at(rows, 1 + kSumLanes), limits_.shape.head_dim};
+}
+
+void Attention::list_sequence(const AttentionArgs& args, const SequenceRows& sequence) {
+  const int group = args.heads / args.shape.kv_heads;
+  const int most = stacked_rows_ / group;
+  const int offset = sequence.position - sequence.kv.tail_position;
+  check(offset >= 0, "a sequence's rows stand in its tail");
+  for (int first = 0; first < sequence.rows;) {
+    const int tail_page = (offset + first) / kPageTokens;
+    const int rows = std::min({most, sequence.rows - first, (tail_page + 1) * kPageTokens - (offset + first)});
+    for (int head = 0; head < args.shape.kv_heads; ++head) {
+      AttentionBlock block{.sequence = &sequence, .first = first, .rows = rows, .head = head};
+      block.past_pages = pages_of(tokens_of(sequence.kv.past, head));
+      block.pages = block.past_pages + tail_page + 1;
+      block.splits = (block.pages + kSplitPages - 1) / kSplitPages;
+      blocks_.push_back(block);
+    }
+    first += rows;
+  }
+}
+
+bool Attention::place_partials(int group) {
+  if (static_cast<int>(blocks_.size()) >= 4 * pool_.threads()) {
+    return false;
+  }
+  int tasks = 0;
+  size_t floats = 0;
+  for (AttentionBlock& block : blocks_) {
+    block.first_task = tasks;
+    block.partial = floats;
+    tasks += block.splits;
+    floats += state_floats(block.rows * group, limits_.shape.head_dim) * static_cast<size_t>(block.splits);
+  }
+  return floats <= partials_.size() && tasks > static_cast<int>(blocks_.size());
+}
+
+void Attention::run(const AttentionArgs& args) {
+  check(args.shape == limits_.shape && args.heads == limits_.heads, "attention runs for the shape it was built for");
+  blocks_.clear();
+  for (const SequenceRows& sequence : args.sequences) {
+    list_sequence(args, sequence);
+  }
+  const int count = static_cast<int>(blocks_.size());
+  int pages = 0;
+  for (const AttentionBlock& block : blocks_) {
+    pages += block.pages;
+  }
+  if (pool_.threads() == 1 || pages <= kInlinePages) {
+    for (const AttentionBlock& block : blocks_) {
+      run_block(args, block);
+    }
+    return;
+  }
+  const int group = args.heads / args.shape.kv_heads;
+  if (!place_partials(group)) {
+    // The last blocks of a prompt are the longest: they go first.
+    pool_.parallel_for(count, [&](int i) { run_block(args, blocks_[static_cast<size_t>(count - 1 - i)]); });
+    return;
+  }
+  pool_.parallel_for(blocks_.back().first_task + blocks_.back().splits, [&](int task) {
+    const auto after = std::upper_bound(blocks_.begin(), blocks_.end(), task,
+                                        [](int t, const AttentionBlock& block) { return t < block.first_task; });
+    const AttentionBlock& block = *(after - 1);
+    const int split = task - block.first_task;
+    const int rows = block.rows * group;
+    float* floats =
+        partials_.data() + block.partial + state_floats(rows, limits_.shape.head_dim) * static_cast<size_t>(split);
+    run_split(args, block, split, rows_at(floats, rows));
+  });
+  for (const AttentionBlock& block : blocks_) {
+    fold_block(args, block);
+  }
+}
+
+void Attention::gather_q(const bf16* q, int heads, const KvShape& shape, int first_row, int rows, int head,
+                         std::vector<bf16>& out) const {
+  const int group = heads / shape.kv_heads;
+  const size_t values = at(group, shape.key_dim());
+  for (int r = 0; r < rows; ++r) {
+    const bf16* from = q + at(first_row + r, heads * shape.key_dim()) + at(head * group, shape.key_dim());
+    std::copy_n(from, values, out.data() + static_cast<size_t>(r) * values);
+  }
+}
+
+const std::byte* Attention::bf16_page(const KvView& view, int head, int page, const KvShape& shape, bool needs_values) {
+  const std::byte* source = view.head_page(head, page);
+  if (view.format.exact()) {
+    return source;
+  }
+  bf16* out = scratch().page.data();
+  const size_t keys = at(kPageTokens, shape.key_dim());
+  if (view.format.key_bits == 16) {
+    std::memcpy(out, source, keys * sizeof(bf16));
+  } else {
+    ops_.quant->dequantize(source, view.format.key_bits, kPageTokens / kPanel, shape.key_dim() / 2, out);
+  }
+  const std::byte* values = source + key_page_bytes(view.format.key_bits, shape);
+  if (!needs_values) {
+    return reinterpret_cast<const std::byte*>(out);
+  }
+  if (view.format.value_bits == 16) {
+    std::memcpy(out + keys, values, at(kPageTokens, shape.head_dim) * sizeof(bf16));
+  } else {
+    ops_.quant->dequantize(values, view.format.value_bits, shape.head_dim / kPanel, kPageTokens / 2, out + keys);
+  }
+  return reinterpret_cast<const std::byte*>(out);
+}
+
+void Attention::run_page(const AttentionArgs& args, const AttentionBlock& block, int page, const SoftmaxRows& state) {
+  const KvShape& shape = args.shape;
+  const LayerKv& kv = block.sequence->kv;
+  const int group = args.heads / shape.kv_heads;
+  const int stacked = block.rows * group;
+  Scratch& s = scratch();
+  const bool in_past = page < block.past_pages;
+  const int index = in_past ? page : page - block.past_pages;
+  const KvView& view = in_past ? kv.past : kv.tail;
+  if (in_past) {
+    const int tokens = std::min(kPageTokens, tokens_of(view, block.head) - index * kPageTokens);
+    std::fill_n(s.visible.begin(), stacked, tokens);
+  } else {
+    const int first = block.sequence->position + block.first - kv.tail_position - index * kPageTokens;
+    for (int r = 0; r < stacked; ++r) {
+      s.visible[static_cast<size_t>(r)] = std::min(kPageTokens, first + r / group + 1);
+    }
+  }
+  if (page + 1 < block.past_pages) {
+    prefetch(view.head_page(block.head, index + 1), head_page_bytes(view.format, shape));
+  }
+  const auto* keys = reinterpret_cast<const bf16*>(bf16_page(view, block.head, index, shape, true));
+  const bf16* values = keys + at(kPageTokens, shape.key_dim());
+  const int key_pairs = shape.key_dim() / 2;
+  const float scale2 = args.scale * kLog2E;
+  for (int first = 0; first < stacked; first += kChunkRows) {
+    const int rows = std::min(kChunkRows, stacked - first);
+    const SoftmaxRows chunk{state.max + first, state.sum + at(first, kSumLanes), state.acc + at(first, shape.head_dim),
+                            shape.head_dim};
+    ops_.product(s.q.data() + at(first, shape.key_dim()), static_cast<size_t>(shape.key_dim()), rows, keys,
+                 at(key_pairs, 2 * kPanel), key_pairs, kPageTokens / kPanel, s.scores.data(), kPageTokens, false);
+    ops_.rows->softmax_page(s.scores.data(), rows, s.visible.data() + first, scale2, s.weights.data(), chunk);
+    ops_.product(s.weights.data(), kPageTokens, rows, values, at(kPageTokens / 2, 2 * kPanel), kPageTokens / 2,
+                 shape.head_dim / kPanel, chunk.acc, static_cast<size_t>(shape.head_dim), true);
+  }
+}
+
+void Attention::run_split(const AttentionArgs& args, const AttentionBlock& block, int split, const SoftmaxRows& state) {
+  const int stacked = block.rows * (args.heads / args.shape.kv_heads);
+  std::fill_n(state.max, stacked, -std::numeric_limits<float>::infinity());
+  std::fill_n(state.sum, at(stacked, kSumLanes), 0.0f);
+  std::fill_n(state.acc, at(stacked, args.shape.head_dim), 0.0f);
+  gather_q(args.q, args.heads, args.shape, block.sequence->first_row + block.first, block.rows, block.head,
+           scratch().q);
+  const int end = std::min(block.pages, (split + 1) * kSplitPages);
+  for (int page = split * kSplitPages; page < end; ++page) {
+    run_page(args, block, page, state);
+  }
+}
+
+void Attention::run_block(const AttentionArgs& args, const AttentionBlock& block) {
+  const int stacked = block.rows * (args.heads / args.shape.kv_heads);
+  const SoftmaxRows split = rows_at(scratch().split.data(), stacked);
+  const SoftmaxRows total = rows_at(scratch().total.data(), stacked);
+  start_total(total, stacked);
+  for (int i = 0; i < block.splits; ++i) {
+    run_split(args, block, i, split);
+    ops_.rows->fold_split(split, stacked, total);
+  }
+  finish(args, block, total);
+}
+
+void Attention::fold_block(const AttentionArgs& args, const AttentionBlock& block) {
+  const int stacked = block.rows * (args.heads / args.shape.kv_heads);
+  const SoftmaxRows total = rows_at(scratch().total.data(), stacked);
+  start_total(total, stacked);
+  for (int i = 0; i < block.splits; ++i) {
+    float* floats =
+        partials_.data() + block.partial + state_floats(stacked, args.shape.head_dim) * static_cast<size_t>(i);
+    ops_.rows->fold_split(rows_at(floats, stacked), stacked, total);
+  }
+  finish(args, block, total);
+}
+
+void Attention::finish(const AttentionArgs& args, const AttentionBlock& block, const SoftmaxRows& total) {
+  const int group = args.heads / args.shape.kv_heads;
+  const int head_dim = args.shape.head_dim;
+  const int width = args.heads * head_dim;
+  for (int r = 0; r < block.rows; ++r) {
+    const int row = block.sequence->first_row + block.first + r;
+    bf16* out = args.out + at(row, padded_dim(width));
+    for (int h = 0; h < group; ++h) {
+      const int stacked = r * group + h;
+      const int head = block.head * group + h;
+      const float sum = total.sum[stacked];
+      ops_.rows->divide(total.acc + at(stacked, head_dim), sum, head_dim, out + at(head, head_dim));
+      if (args.log_sum_exp != nullptr) {
+        args.log_sum_exp[at(row, args.heads) + static_cast<size_t>(head)] =
+            (total.max[stacked] + std::log2(sum)) * kLn2;
+      }
+    }
+    if (block.head == 0) {
+      std::fill(out + width, out + padded_dim(width), bf16{0});
+    }
+  }
+}
+
+void Attention::mass(const MassArgs& args) {
+  check(args.shape == limits_.shape && args.heads == limits_.heads, "attention runs for the shape it was built for");
+  const int pages = pages_of(args.tokens);
+  const int tasks = (pages + kMassPages - 1) / kMassPages;
+  pool_.parallel_for(tasks * args.shape.kv_heads, [&](int i) {
+    const int first = i % tasks * kMassPages;
+    mass_pages(args, i / tasks, first, std::min(pages, first + kMassPages));
+  });
+}
+
+void Attention::mass_pages(const MassArgs& args, int head, int first_page, int last_page) {
+  const int group = args.heads / args.shape.kv_heads;
+  const int most = stacked_rows_ / group;
+  Scratch& s = scratch();
+  for (int first = 0; first < args.sequence.rows; first += most) {
+    const int rows = std::min(most, args.sequence.rows - first);
+    const int first_row = args.sequence.first_row + first;
+    gather_q(args.q, args.heads, args.shape, first_row, rows, head, s.q);
+    for (int r = 0; r < rows * group; ++r) {
+      const size_t row = static_cast<size_t>(first_row + r / group);
+      const float lse =
+          args.log_sum_exp[row * static_cast<size_t>(args.heads) + static_cast<size_t>(head * group + r % group)];
+      s.log_sum_exp2[static_cast<size_t>(r)] = lse * kLog2E;
+    }
+    for (int page = first_page; page < last_page; ++page) {
+      mass_page(args, head, page, first, rows * group);
+    }
+  }
+}
+
+void Attention::mass_page(const MassArgs& args, int head, int page, int first_row, int stacked) {
+  const KvShape& shape = args.shape;
+  const LayerKv& kv = args.sequence.kv;
+  const int group = args.heads / shape.kv_heads;
+  const int past_pages = pages_of(tokens_of(kv.past, head));
+  const bool in_past = page < past_pages;
+  const int index = in_past ? page : page - past_pages;
+  const auto* keys = reinterpret_cast<const bf16*>(bf16_page(in_past ? kv.past : kv.tail, head, index, shape, false));
+  const int held = std::min(kPageTokens, args.tokens - page * kPageTokens);
+  const int offset = args.sequence.position + first_row - kv.tail_position - index * kPageTokens;
+  const int key_pairs = shape.key_dim() / 2;
+  Scratch& s = scratch();
+  for (int r = 0; r < stacked; ++r) {
+    s.visible[static_cast<size_t>(r)] = in_past ? held : std::clamp(offset + r / group + 1, 0, held);
+  }
+  float mass[kPageTokens] = {};
+  for (int first = 0; first < stacked; first += kChunkRows) {
+    const int rows = std::min(kChunkRows, stacked - first);
+    ops_.product(s.q.data() + at(first, shape.key_dim()), static_cast<size_t>(shape.key_dim()), rows, keys,
+                 at(key_pairs, 2 * kPanel), key_pairs, kPageTokens / kPanel, s.scores.data(), kPageTokens, false);
+    ops_.rows->mass_page(s.scores.data(), rows, s.visible.data() + first, args.scale * kLog2E,
+                         s.log_sum_exp2.data() + first, mass);
+  }
+  ops_.rows->add(mass, held, args.mass + at(head, args.tokens) + at(page, kPageTokens));
+}
+
+}  // namespace vericache

@@ -1,0 +1,69 @@
+// What the CPU kernels are made of: one matrix primitive and a few row operations, per instruction class. Pure
+// functions over caller-owned memory; any thread. Every one treats a row without looking at its neighbours.
+#pragma once
+
+#include <cstddef>
+
+#include "backend/cpu/cpu_kernels.h"
+#include "base/bf16.h"
+
+namespace vericache {
+
+inline constexpr int kPanel =
+    16;  // outputs in a panel row: 16 lanes of two bf16 are one cache line, one zmm, one AMX B-tile row
+inline constexpr int kMaxHeadDim = 512;
+
+// C (rows, 16 panels) float = [C +] A (rows, 2 k_pairs) bf16 x B, where B is `panels` panels of (k_pairs, 16, 2) bf16
+// that lie panel_stride values apart. k_pairs is a multiple of 16. Each element of C is one sum with one accumulator
+// over k in rising order whatever rows and panels are; cutting K into calls with accumulate gives the same bits as one
+// call.
+using PanelProduct = void (*)(const bf16* a, size_t lda, int rows, const bf16* b, size_t panel_stride, int k_pairs,
+                              int panels, float* c, size_t ldc, bool accumulate);
+
+// Online softmax of stacked query rows over pages of 64 tokens (Milakov & Gimelshein 2018), in base 2: score2 = log2(e)
+// * scale * q.k.
+struct SoftmaxRows {
+  float* max = nullptr;  // (rows): running maximum of score2
+  float* sum = nullptr;  // (rows, 16): running sum of weights, one partial sum per lane
+  float* acc = nullptr;  // (rows, head_dim): running weighted sum of values
+  int head_dim = 0;
+};
+
+struct RowOps {
+  void (*add)(const float* x, int dim, float* y);
+  void (*rms_norm)(const float* x, const float* weight, float eps, int dim, bf16* out);  // writes padded_dim(dim)
+  void (*silu_mul)(const float* gate, const float* up, int dim, bf16* out);              // writes padded_dim(dim)
+  // One head: x + bias, RMSNorm, rotate-half RoPE; null skips a step. out (head_dim) bf16.
+  void (*finish_head)(const float* x, const float* bias, const float* norm, float eps, const float* cos,
+                      const float* sin, int head_dim, bf16* out);
+  // scores (rows, 64) of q.k, of which the first visible[r] count, become weights (rows, 64) bf16, and state's max, sum
+  // and acc are brought to the new maximum; sum gains the weights, acc is left for the product with V.
+  void (*softmax_page)(const float* scores, int rows, const int* visible, float scale2, bf16* weights,
+                       const SoftmaxRows& state);
+  // total = total + split: both (max (rows), sum, acc); total's sum is (rows), not per lane.
+  void (*fold_split)(const SoftmaxRows& split, int rows, const SoftmaxRows& total);
+  void (*divide)(const float* acc, float sum, int dim, bf16* out);  // out (dim) = acc / sum
+  // mass[t] += 2^(scores[r][t] * scale2 - log_sum_exp2[r]) over the visible tokens of each row, rows in rising order.
+  void (*mass_page)(const float* scores, int rows, const int* visible, float scale2, const float* log_sum_exp2,
+                    float* mass);
+};
+
+// One part (K or V) of a head page: `panels` panels of `pairs` rows of 16 lanes of two values; scale and minimum per
+// value index of a pair. Layouts: kv_view.h.
+struct QuantOps {
+  // Lanes from lane_limit on (counted over the panels) and value indices from value_limit on are absent: their codes
+  // are zero.
+  void (*quantize)(const bf16* source, int bits, int panels, int pairs, int lane_limit, int value_limit,
+                   std::byte* out);
+  void (*dequantize)(const std::byte* source, int bits, int panels, int pairs, bf16* out);
+};
+
+PanelProduct simd_product(Isa isa);  // portable, avx2, avx512
+PanelProduct avx512_bf16_product();
+PanelProduct amx_product();
+bool amx_permitted();  // asks the kernel for tile data, once per process
+
+const RowOps& row_ops(Isa isa);
+const QuantOps& quant_ops(Isa isa);
+
+}  // namespace vericache

@@ -1,0 +1,10 @@
+// The token id, shared by the text and the engine.
+#pragma once
+
+#include <cstdint>
+
+namespace vericache {
+
+using TokenId = int32_t;
+
+}  // namespace vericache
