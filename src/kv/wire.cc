@@ -1,0 +1,208 @@
+#include "kv/wire.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <random>
+
+#include "backend/kernels.h"
+#include "base/check.h"
+#include "base/hash.h"
+#include "kv/throttle.h"
+
+namespace vericache {
+
+Wire::Wire(const KvShape& shape, const WireOptions& options, std::byte* staging)
+    : shape_(shape), options_(options), staging_(staging), page_bytes_(page_bytes(shape)),
+      fetch_thread_([this] { fetch_worker(); }), store_thread_([this] { store_worker(); }) {}
+
+Wire::~Wire() {
+  {
+    const std::lock_guard lock(mutex_);
+    closing_ = true;
+  }
+  condition_.notify_all();
+  fetch_thread_.join();
+  store_thread_.join();
+}
+
+std::shared_ptr<Fetch> Wire::fetch(std::vector<FetchPart> parts) {
+  auto fetch = std::make_shared<Fetch>(std::move(parts));
+  for (const FetchPart& part : fetch->parts_) {
+    check(part.first_staged + part.pages <= options_.slot_pages, "a fetch fits a staging slot");
+  }
+  {
+    const std::lock_guard lock(mutex_);
+    fetch->first_ticket_ = next_ticket_;
+    next_ticket_ += static_cast<uint64_t>(shape_.layers);
+    fetches_.push_back(fetch);
+  }
+  condition_.notify_all();
+  return fetch;
+}
+
+bool Wire::arrived(const Fetch& fetch, int layer) const {
+  const std::lock_guard lock(mutex_);
+  return fetch.first_ticket_ + static_cast<uint64_t>(layer) < arrived_;
+}
+
+void Wire::wait(const Fetch& fetch, int layer) {
+  std::unique_lock lock(mutex_);
+  condition_.wait(lock, [&] { return fetch.first_ticket_ + static_cast<uint64_t>(layer) < arrived_; });
+}
+
+std::byte* Wire::staged(const Fetch& fetch, int layer, int page) const {
+  const uint64_t slot = (fetch.first_ticket_ + static_cast<uint64_t>(layer)) % static_cast<uint64_t>(options_.ring_layers);
+  return staging_ + (slot * static_cast<uint64_t>(options_.slot_pages) + static_cast<uint64_t>(page)) * page_bytes_;
+}
+
+void Wire::release(const Fetch& fetch, int layer) {
+  {
+    const std::lock_guard lock(mutex_);
+    check(fetch.first_ticket_ + static_cast<uint64_t>(layer) == released_ && released_ < arrived_, "layers are released in order");
+    ++released_;
+  }
+  condition_.notify_all();
+}
+
+void Wire::store(FullKv& full, int first, std::vector<const std::byte*> page_sets) {
+  check(first + static_cast<int>(page_sets.size()) <= full.max_pages(), "a store fits the room reserved for the sequence");
+  {
+    const std::lock_guard lock(mutex_);
+    stores_.push_back({&full, first, std::move(page_sets)});
+  }
+  condition_.notify_all();
+}
+
+void Wire::wait_change(uint64_t seen) {
+  std::unique_lock lock(mutex_);
+  condition_.wait(lock, [&] { return changes_.load() != seen; });
+}
+
+bool Wire::stores_pending(const FullKv& full) const {
+  const std::lock_guard lock(mutex_);
+  return std::any_of(stores_.begin(), stores_.end(), [&](const Store& store) { return store.full == &full; });
+}
+
+void Wire::note_change() {
+  changes_.fetch_add(1);
+  condition_.notify_all();
+}
+
+void Wire::inject_delay() {
+  if (options_.inject_delay_us > 0) {
+    thread_local std::minstd_rand random(static_cast<unsigned>(std::hash<std::thread::id>{}(std::this_thread::get_id())));
+    std::this_thread::sleep_for(std::chrono::microseconds(std::uniform_int_distribution<int>(0, options_.inject_delay_us)(random)));
+  }
+}
+
+void Wire::fetch_worker() {
+  Throttle throttle(options_.gbps);
+  std::unique_lock lock(mutex_);
+  for (;;) {
+    condition_.wait(lock, [&] { return closing_ || !fetches_.empty(); });
+    if (closing_) {
+      return;
+    }
+    const std::shared_ptr<Fetch> fetch = fetches_.front();
+    fetches_.pop_front();
+    for (int layer = 0; layer < shape_.layers; ++layer) {
+      const uint64_t ticket = fetch->first_ticket_ + static_cast<uint64_t>(layer);
+      condition_.wait(lock, [&] { return closing_ || ticket < released_ + static_cast<uint64_t>(options_.ring_layers); });
+      if (closing_) {
+        return;
+      }
+      lock.unlock();
+      inject_delay();
+      const auto begin = std::chrono::steady_clock::now();
+      throttle.begin();
+      const uint64_t before = fetch->bytes();
+      bring_layer(*fetch, layer, staged(*fetch, layer, 0));
+      throttle.spend(fetch->bytes() - before);
+      fetch->busy_us_.fetch_add(static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::microseconds>(
+          std::chrono::steady_clock::now() - begin).count()), std::memory_order_relaxed);
+      lock.lock();
+      arrived_ = ticket + 1;
+      note_change();
+    }
+  }
+}
+
+void Wire::bring_layer(Fetch& fetch, int layer, std::byte* slot) {
+  for (size_t i = 0; i < fetch.parts_.size(); ++i) {
+    const FetchPart& part = fetch.parts_[i];
+    size_t bytes = 0;
+    for (int page = 0; page < part.pages; ++page) {
+      std::byte* staged = slot + static_cast<size_t>(part.first_staged + page) * page_bytes_;
+      bytes += join_page(part, layer, page, staged);
+      // The checksum is that of the full page: it proves the transfer and the join together.
+      if (hash_bytes(staged, page_bytes_) != part.full->checksum(layer, page)) {
+        fetch.corrupt_[i].store(true, std::memory_order_release);
+        corrupt_blocks_.fetch_add(1);
+      }
+    }
+    fetch.bytes_.fetch_add(bytes, std::memory_order_relaxed);
+    bytes_in_.fetch_add(bytes, std::memory_order_relaxed);
+  }
+}
+
+// full = join(resident, residual). The copy from host memory stands for the residual's transfer: where the resident part is exact,
+// its tokens are taken from it and only the others count as carried.
+size_t Wire::join_page(const FetchPart& part, int layer, int page, std::byte* staged) const {
+  std::memcpy(staged, part.full->page(layer, page), page_bytes_);
+  if (part.exact == nullptr) {
+    return page_bytes_;
+  }
+  const ResidentLayer& resident = part.exact->layer(layer);
+  const size_t head_bytes = head_page_bytes(KvFormat{}, shape_);
+  const size_t token_bytes = head_bytes / kPageTokens;
+  size_t kept = 0;
+  for (int head = 0; head < shape_.kv_heads; ++head) {
+    const std::span<const int> positions = resident.positions(head);
+    auto slot = std::lower_bound(positions.begin(), positions.end(), page * kPageTokens);
+    for (; slot != positions.end() && *slot < (page + 1) * kPageTokens; ++slot, ++kept) {
+      const int index = static_cast<int>(slot - positions.begin());
+      copy_token(resident.head_page(head, index / kPageTokens), index % kPageTokens,
+                 staged + static_cast<size_t>(head) * head_bytes, *slot % kPageTokens, shape_);
+    }
+  }
+  return page_bytes_ - kept * token_bytes;
+}
+
+void Wire::store_worker() {
+  Throttle throttle(options_.gbps);
+  std::unique_lock lock(mutex_);
+  for (;;) {
+    condition_.wait(lock, [&] { return closing_ || !stores_.empty(); });
+    if (closing_) {
+      return;
+    }
+    const Store& store = stores_.front();  // stays in the queue until done: stores_pending sees it
+    const int count = static_cast<int>(store.page_sets.size());
+    lock.unlock();
+    inject_delay();
+    for (int layer = 0; layer < shape_.layers; ++layer) {
+      throttle.begin();
+      for (int i = 0; i < count; ++i) {
+        const int page = store.first + i;
+        const std::byte* source = store.page_sets[static_cast<size_t>(i)] + static_cast<size_t>(layer) * page_bytes_;
+        store.full->checksum(layer, page) = hash_bytes(source, page_bytes_);
+        std::byte* target = store.full->page(layer, page);
+        std::memcpy(target, source, page_bytes_);
+        const uint64_t number = stored_pages_.fetch_add(1) + 1;
+        if (options_.inject_corruption_every != 0 && number % options_.inject_corruption_every == 0) {
+          target[number % page_bytes_] ^= std::byte{1};
+        }
+      }
+      const size_t bytes = static_cast<size_t>(count) * page_bytes_;
+      bytes_out_.fetch_add(bytes, std::memory_order_relaxed);
+      throttle.spend(bytes);
+    }
+    lock.lock();
+    store.full->set_stored(store.first + count);
+    stores_.pop_front();
+    note_change();
+  }
+}
+
+}  // namespace vericache
