@@ -1,0 +1,70 @@
+// Compressor: what of the full KV stays in device memory, and in which form. full = join(resident, residual), bit for bit.
+// Called from the engine's thread, layer by layer, while a full pass has the layer at hand.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <string_view>
+
+#include "backend/kernels.h"
+#include "kv/resident.h"
+
+namespace vericache {
+
+// Tokens [begin, end), multiples of 64.
+struct TokenRange {
+  int begin = 0;
+  int end = 0;
+};
+
+// The full KV of one layer of one sequence: staged (or device-resident) pages, then the pages of the tail.
+struct FullLayer {
+  KvShape shape;
+  LayerKv kv;
+  const std::byte* head_page(int head, int page) const {
+    const int past_pages = kv.tail_position / kPageTokens;
+    return page < past_pages ? kv.past.head_page(head, page) : kv.tail.head_page(head, page - past_pages);
+  }
+};
+
+// What the full passes saw, for free: the last queries (up to Compressor::query_window) of this layer and their softmax
+// denominators; attention_mass turns them into mass per token.
+struct Attended {
+  int heads = 0;
+  float scale = 0;
+  const bf16* q = nullptr;               // (rows, heads, key_dim)
+  const float* log_sum_exp = nullptr;  // (rows, heads)
+  int rows = 0;
+  int position = 0;  // of the first of them; they are consecutive
+};
+
+class Compressor {
+ public:
+  virtual ~Compressor() = default;
+  virtual std::string name() const = 0;  // with its options, as the factory reads it
+  virtual KvFormat format() const = 0;   // how attention reads the resident part
+  // Queries per layer that compress() wants to see; 0 = none.
+  virtual int query_window() const { return 0; }
+  // Whether compress() wants the layer only when decoding may begin (at the prompt's end and at every verification), because it
+  // chooses among all tokens anew; otherwise it is called for every fold and extends.
+  virtual bool chooses_anew() const { return false; }
+
+  // The most that `tokens` tokens of a sequence occupy in device memory, all layers, in whole head pages. For admission.
+  size_t resident_bytes(int tokens, const KvShape& shape) const;
+  // The most resident tokens of one head out of `tokens`.
+  virtual int kept_tokens(int tokens) const { return tokens; }
+  // What crosses the wire for one verification at `tokens` tokens, all layers.
+  virtual size_t wire_bytes(int tokens, const KvShape& shape) const = 0;
+
+  // Makes `out` stand for tokens [0, fresh.end) of `full`; it stands for [0, fresh.begin) now.
+  // false: the pool is out of pages (admission reserves them, so this is a bug where it is checked).
+  virtual bool compress(Kernels& kernels, const FullLayer& full, TokenRange fresh, const Attended& seen, ResidentLayer& out) = 0;
+};
+
+// "none", "kivi:bits=4", "kivi:k=8,v=4", "streaming-llm:sinks=4,window=1024", "snapkv:budget=0.2", "snapkv:budget=0.2+kivi:bits=4".
+// UsageError, listing what there is, for an unknown name, option or value.
+std::unique_ptr<Compressor> make_compressor(std::string_view spec);
+// One line per method, for --help and for messages.
+std::string_view compressor_help();
+
+}  // namespace vericache

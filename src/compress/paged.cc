@@ -1,0 +1,36 @@
+#include "compress/paged.h"
+
+#include <fmt/format.h>
+
+namespace vericache {
+
+std::string PagedCompressor::name() const {
+  if (format_.exact()) {
+    return "none";
+  }
+  return format_.key_bits == format_.value_bits ? fmt::format("kivi:bits={}", format_.key_bits)
+                                                : fmt::format("kivi:k={},v={}", format_.key_bits, format_.value_bits);
+}
+
+// Nothing crosses for what is kept as it was; a quantized page crosses whole, as bf16.
+size_t PagedCompressor::wire_bytes(int tokens, const KvShape& shape) const {
+  return format_.exact() ? 0 : static_cast<size_t>(tokens / kPageTokens) * static_cast<size_t>(shape.layers) * page_bytes(shape);
+}
+
+bool PagedCompressor::compress(Kernels& kernels, const FullLayer& full, TokenRange fresh, const Attended& /*seen*/, ResidentLayer& out) {
+  const KvShape& shape = full.shape;
+  for (int head = 0; head < shape.kv_heads; ++head) {
+    if (!out.resize(head, fresh.end)) {
+      return false;
+    }
+  }
+  const int pages = (fresh.end - fresh.begin) / kPageTokens;
+  kernels.parallel_for(pages * shape.kv_heads, [&](int i) {
+    const int head = i % shape.kv_heads;
+    const int page = fresh.begin / kPageTokens + i / shape.kv_heads;
+    kernels.quantize_head_page(full.head_page(head, page), kPageTokens, shape, format_, out.head_page(head, page));
+  });
+  return true;
+}
+
+}  // namespace vericache
