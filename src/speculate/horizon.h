@@ -1,0 +1,47 @@
+// Horizon policy: how many tokens a sequence drafts before its verification starts. Pure: numbers in, numbers out; no
+// clock. One per sequence, used by the thread that plans that sequence.
+#pragma once
+
+namespace vericache {
+
+// What a round costs, in any one unit (the engine feeds measured microseconds).
+struct RoundCost {
+  double draft_token = 1;   // one draft step of this sequence
+  double wire = 0;          // bringing its residual; hidden behind drafting as far as drafting lasts
+  double verify = 1;        // the verify pass itself
+  double verify_token = 0;  // more for each verified row
+};
+
+// Tokens per unit of cost of rounds with this horizon when each draft token agrees with probability `agreement`, given
+// that those before it did: (1 + p + ... + p^horizon) / (max(horizon * draft_token, wire) + verify + verify_token *
+// (horizon + 1)).
+double round_rate(int horizon, double agreement, const RoundCost& cost);
+
+// Follows one sequence's acceptance. A fixed horizon ignores it.
+class Horizon {
+ public:
+  static Horizon fixed(int tokens);  // Error if negative; 0 = no drafting
+  // Error unless 1 <= least <= most.
+  static Horizon adaptive(int least, int most);
+
+  int tokens() const { return tokens_; }
+  // The share of draft tokens expected to agree.
+  double agreement() const { return agreed_ / (agreed_ + refused_); }
+
+  // After a round: `accepted` of `drafted` tokens stood; the next horizon maximises expected tokens per cost. Two
+  // things keep it calm: the agreement is a decaying mean over the last tens of rounds, hundreds of tokens; and a
+  // report moves the horizon by at most half of its size (or by 1, if that is more).
+  void report(int drafted, int accepted, const RoundCost& cost);
+
+ private:
+  Horizon(int least, int most, int tokens) : least_(least), most_(most), tokens_(tokens) {}
+
+  int least_;
+  int most_;
+  int tokens_;
+  double agreed_ =
+      19;  // decayed counts of judged tokens that agreed / disagreed; at first a prior, optimistic and light
+  double refused_ = 1;
+};
+
+}  // namespace vericache
