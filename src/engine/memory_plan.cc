@@ -1,0 +1,117 @@
+#include "engine/memory_plan.h"
+
+#include <algorithm>
+
+#include "base/error.h"
+#include "kv/host_tier.h"
+#include "kv/tail.h"
+
+namespace vericache {
+namespace {
+
+constexpr size_t kBlockAlignment = 4096;
+
+size_t aligned(size_t bytes) { return (bytes + kBlockAlignment - 1) / kBlockAlignment * kBlockAlignment; }
+int pages_for(int tokens) { return (tokens + kPageTokens - 1) / kPageTokens; }
+double megabytes(size_t bytes) { return static_cast<double>(bytes) / 1e6; }
+
+// Sizes that do not depend on the budget.
+MemoryPlan fixed_sizes(const Transformer& model, const Compressor* compressor, const EngineOptions& o) {
+  const ModelConfig& config = model.config();
+  const KvShape shape = model.kv_shape();
+  MemoryPlan plan;
+  plan.max_len = o.max_model_len > 0 ? std::min(o.max_model_len, config.max_position) : config.max_position;
+  const int horizon = o.horizon == EngineOptions::kAdaptive ? o.max_horizon : o.horizon;
+  plan.most_drafts = 2 * horizon;  // as many again while a verification is on the wire
+  if (o.pass_rows < 1 + plan.most_drafts) {
+    throw Error("a pass of {} rows cannot verify {} drafts; raise --prefill-chunk to {} or lower the horizon to {}", o.pass_rows,
+                plan.most_drafts, plan.most_drafts + 1, (o.pass_rows - 1) / 2);
+  }
+  plan.logit_rows = std::min(o.pass_rows, o.max_sequences * (1 + plan.most_drafts));
+  // A decoding sequence's tail reaches from the last page border that is folded and stored, two verifications back at most.
+  plan.decode_sets = (kPageTokens - 1 + 3 * (plan.most_drafts + 1)) / kPageTokens + 2;
+  const int chunk_sets = pages_for(o.pass_rows) + 1;
+  plan.sequence_sets = plan.decode_sets + 2 * chunk_sets;
+  plan.tail_sets = o.max_sequences * plan.decode_sets + 2 * chunk_sets;
+  plan.tail_bytes = static_cast<size_t>(plan.tail_sets) * page_set_bytes(shape);
+  plan.activation_bytes = model.activation_bytes(o.pass_rows, plan.logit_rows);
+  if (horizon > 0) {
+    plan.activation_bytes += model.activation_bytes(o.max_sequences, o.max_sequences);
+  }
+  if (compressor != nullptr && compressor->query_window() > 0) {
+    const size_t row = static_cast<size_t>(config.heads) * (static_cast<size_t>(shape.key_dim()) * sizeof(bf16) + sizeof(float));
+    plan.query_window_bytes = aligned(row * static_cast<size_t>(compressor->query_window()) * static_cast<size_t>(shape.layers));
+  }
+  return plan;
+}
+
+}  // namespace
+
+int resident_pages_for(const Compressor& compressor, int tokens, const KvShape& shape) {
+  return pages_for(compressor.kept_tokens(tokens)) * shape.layers * shape.kv_heads;
+}
+
+MemoryPlan plan_memory(const Transformer& model, const Compressor* compressor, const EngineOptions& o, size_t available) {
+  const KvShape shape = model.kv_shape();
+  MemoryPlan plan = fixed_sizes(model, compressor, o);
+  const size_t sequences = static_cast<size_t>(o.max_sequences);
+  const int max_pages = pages_for(plan.max_len);
+  const size_t fixed = aligned(plan.activation_bytes) + aligned(plan.tail_bytes) + sequences * plan.query_window_bytes;
+
+  // The full KV stays on the device when nothing is lost in the resident part and one sequence of it fits.
+  const bool full_mode = compressor == nullptr || (compressor->format().exact() && !compressor->chooses_anew());
+  const size_t full_sequence = static_cast<size_t>(max_pages) * page_set_bytes(shape);
+  plan.full_on_device = full_mode && fixed + full_sequence <= available;
+  plan.streaming = full_mode && !plan.full_on_device;
+  if (plan.streaming && o.horizon != 0) {
+    throw Error("the full KV of {} tokens needs {:.1f} MB of device memory and {:.1f} MB are left: compressor 'none' cannot draft there; "
+                "choose another compressor, or --horizon 0 to stream the full KV", plan.max_len, megabytes(fixed + full_sequence), megabytes(available));
+  }
+
+  size_t head_page = 0;
+  int sequence_pages = 0;
+  if (plan.full_on_device) {
+    head_page = head_page_bytes(KvFormat{}, shape);
+    sequence_pages = max_pages * shape.layers * shape.kv_heads;
+  } else if (!plan.streaming) {
+    head_page = head_page_bytes(compressor->format(), shape);
+    sequence_pages = resident_pages_for(*compressor, plan.max_len, shape);
+  }
+  const size_t sequence_bytes = static_cast<size_t>(sequence_pages) * head_page;
+  const size_t slot_bytes = static_cast<size_t>(max_pages) * page_bytes(shape) * static_cast<size_t>(o.ring_layers);
+  const size_t staging = plan.full_on_device ? 0 : aligned(slot_bytes);
+  const size_t least = fixed + staging + aligned(sequence_bytes);
+  if (least > available) {
+    throw Error("device memory: one sequence of {} tokens needs {:.1f} MB beside the weights ({:.1f} activations, {:.1f} tail, {:.1f} staging, "
+                "{:.1f} resident KV) and {:.1f} MB are left; raise --device-memory by {:.1f} MB, or lower --max-model-len, --prefill-chunk or --ring-layers",
+                plan.max_len, megabytes(least), megabytes(plan.activation_bytes), megabytes(plan.tail_bytes), megabytes(staging),
+                megabytes(sequence_bytes), megabytes(available), megabytes(least - available + 1000000));
+  }
+  size_t left = (available - fixed - staging) / kBlockAlignment * kBlockAlignment;
+  if (head_page > 0) {
+    plan.resident_pages = static_cast<int>(std::min(sequences * static_cast<size_t>(sequence_pages), left / head_page));
+    plan.resident_bytes = aligned(static_cast<size_t>(plan.resident_pages) * head_page);
+    left -= plan.resident_bytes;
+  }
+  if (!plan.full_on_device) {
+    // Room for several sequences in one pass saves reading the weights as often.
+    const size_t more = std::min({sequences - 1, size_t{3}, left / slot_bytes});
+    plan.staging_pages = max_pages * static_cast<int>(1 + more);
+    plan.staging_bytes = slot_bytes * (1 + more);
+    const size_t extent = extent_bytes(shape);
+    const size_t sequence_extents = static_cast<size_t>(extents_for(max_pages, shape));
+    size_t extents = sequences * sequence_extents;
+    if (o.host_memory > 0) {
+      extents = std::min(extents, o.host_memory / extent);
+    }
+    if (extents < sequence_extents) {
+      throw Error("host memory: the full KV of {} tokens needs {:.1f} MB; raise --host-memory or lower --max-model-len", plan.max_len,
+                  megabytes(sequence_extents * extent));
+    }
+    plan.host_extents = static_cast<int>(extents);
+    plan.host_bytes = extents * extent;
+  }
+  return plan;
+}
+
+}  // namespace vericache

@@ -1,0 +1,127 @@
+#include "engine/scheduler.h"
+
+#include <algorithm>
+
+#include "base/check.h"
+
+namespace vericache {
+
+void Scheduler::enqueue(SeqId id, const Needs& needs) {
+  check(needs.resident_pages <= limits_.resident_pages && needs.host_extents <= limits_.host_extents,
+        "a sequence that can never be admitted is refused before it is queued");
+  waiting_.push_back({id, needs});
+}
+
+void Scheduler::update(SeqId id, const Load& load) { running_.at(id).load = load; }
+
+void Scheduler::remove(SeqId id) {
+  if (const auto running = running_.find(id); running != running_.end()) {
+    check(!running->second.in_pass, "a sequence leaves between passes");
+    resident_pages_ -= running->second.needs.resident_pages;
+    host_extents_ -= running->second.needs.host_extents;
+    running_.erase(running);
+  } else {
+    std::erase_if(waiting_, [id](const Waiting& waiting) { return waiting.id == id; });
+  }
+}
+
+void Scheduler::pass_done(SeqId id) {
+  Running& sequence = running_.at(id);
+  sequence.in_pass = false;
+  sequence.turn = ++turns_;
+}
+
+bool Scheduler::ready(const Load& load) {
+  return load.backlog == 1 && (load.drafted >= load.horizon || load.drafted >= load.most_drafts);
+}
+
+StepPlan Scheduler::next(const Usage& usage) {
+  StepPlan plan;
+  admit(plan);
+  if (usage.open_passes < limits_.open_passes) {
+    open_pass(plan);
+  }
+  for (const auto& [id, sequence] : running_) {
+    if (limits_.drafting && sequence.load.backlog == 1 && sequence.load.drafted < draft_limit(sequence)) {
+      plan.draft.push_back(id);
+    }
+  }
+  return plan;
+}
+
+// First come, first served: a large sequence at the head is not overtaken for ever by small ones.
+void Scheduler::admit(StepPlan& plan) {
+  while (!waiting_.empty() && running() < limits_.max_sequences) {
+    const Waiting& first = waiting_.front();
+    if (first.needs.resident_pages > free_resident_pages() || first.needs.host_extents > free_host_extents()) {
+      return;
+    }
+    resident_pages_ += first.needs.resident_pages;
+    host_extents_ += first.needs.host_extents;
+    Running sequence;
+    sequence.needs = first.needs;
+    sequence.turn = ++turns_;
+    running_.emplace(first.id, sequence);
+    plan.admit.push_back(first.id);
+    waiting_.pop_front();
+  }
+}
+
+// While its own verification is on the wire a sequence drafts on: those drafts stay valid when all before them is accepted.
+int Scheduler::draft_limit(const Running& sequence) const {
+  const int reach = sequence.in_pass ? 2 * sequence.load.horizon : sequence.load.horizon;
+  return std::min(reach, sequence.load.most_drafts);
+}
+
+void Scheduler::open_pass(StepPlan& plan) {
+  std::vector<std::pair<SeqId, Running*>> decoding;
+  std::vector<std::pair<SeqId, Running*>> prefilling;
+  int least_missing = INT32_MAX;  // drafts until the first of the others is ready
+  bool any_ready = false;
+  for (auto& [id, sequence] : running_) {
+    if (sequence.in_pass || sequence.load.backlog == 0) {
+      continue;
+    }
+    if (sequence.load.backlog > 1) {
+      prefilling.emplace_back(id, &sequence);
+      continue;
+    }
+    decoding.emplace_back(id, &sequence);
+    any_ready = any_ready || ready(sequence.load);
+    least_missing = std::min(least_missing, sequence.load.horizon - sequence.load.drafted);
+  }
+  // The wire never idles: with nobody ready, it begins to bring the residuals of those who will be first.
+  const bool early = !any_ready && prefilling.empty() && limits_.staging_pages > 0;
+  std::stable_sort(decoding.begin(), decoding.end(), [](const auto& a, const auto& b) { return a.second->turn < b.second->turn; });
+
+  int rows_left = limits_.pass_rows;
+  int logit_rows_left = limits_.logit_rows;
+  int staging_left = limits_.staging_pages;
+  const auto take = [&](SeqId id, Running& sequence, int rows, int logit_rows, PassMember member) {
+    if (rows > rows_left || logit_rows > logit_rows_left || (limits_.staging_pages > 0 && sequence.load.past_pages > staging_left)) {
+      return;
+    }
+    rows_left -= rows;
+    logit_rows_left -= logit_rows;
+    staging_left -= sequence.load.past_pages;
+    sequence.in_pass = true;
+    member.id = id;
+    plan.pass.push_back(member);
+  };
+  for (auto& [id, sequence] : decoding) {
+    const int missing = sequence->load.horizon - sequence->load.drafted;
+    if (ready(sequence->load) || (early && missing <= least_missing + sequence->load.horizon / 4)) {
+      const int most_rows = 1 + std::min(2 * sequence->load.horizon, sequence->load.most_drafts);
+      take(id, *sequence, most_rows, most_rows, {.rows = 1, .decides = true});
+    }
+  }
+  for (auto& [id, sequence] : prefilling) {
+    const int rows = std::min(sequence->load.backlog, rows_left);
+    const bool decides = rows == sequence->load.backlog;
+    if (rows > 0) {
+      take(id, *sequence, rows, decides ? 1 : 0, {.rows = rows, .decides = decides});
+    }
+  }
+}
+
+}  // namespace vericache

@@ -1,0 +1,102 @@
+// Scheduler: who is admitted, who drafts, who stands in the next full pass. Pure: it sees counts, never a clock, a device or a tensor.
+// Called from the engine's thread.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <map>
+#include <vector>
+
+namespace vericache {
+
+using SeqId = uint64_t;
+
+// What there is to share out; fixed at start.
+struct SchedulerLimits {
+  int max_sequences = 1;
+  int pass_rows = 512;        // rows of one full pass
+  int logit_rows = 512;       // rows of one pass that may decide tokens
+  int staging_pages = 0;      // full-KV pages of one layer that a pass may have staged; 0 = nothing crosses the wire
+  int resident_pages = 0;     // head pages of resident KV
+  int host_extents = 0;       // extents of the host tier
+  int open_passes = 2;        // passes opened at once: one computes, the wire brings the next
+  bool drafting = true;       // false: full-KV mode, every pass decides one token a sequence
+};
+
+// What a sequence will need at most; reserved when it is admitted, so that nothing can run out under way.
+struct Needs {
+  int resident_pages = 0;
+  int host_extents = 0;
+};
+
+// Where a running sequence stands. The engine tells it after every change.
+struct Load {
+  int backlog = 0;      // decided tokens without verified KV; the last row of them decides. 1 = decoding
+  int drafted = 0;      // drafted tokens that no verification has judged
+  int horizon = 0;      // drafts that make it ready for verification
+  int most_drafts = 0;  // no more drafts than this are of use (end of output or context)
+  int past_pages = 0;   // full-KV pages that a pass must have staged for it
+};
+
+struct PassMember {
+  SeqId id = 0;
+  int rows = 0;          // backlog rows to feed; a member whose backlog ends in this pass also brings its drafts
+  bool decides = false;  // its backlog ends in this pass
+  friend bool operator==(const PassMember&, const PassMember&) = default;
+};
+
+struct StepPlan {
+  std::vector<SeqId> admit;
+  std::vector<PassMember> pass;  // a new full pass to open: its residuals go on the wire; empty = none
+  std::vector<SeqId> draft;      // one draft step for these
+};
+
+// What the engine's lanes look like now.
+struct Usage {
+  int open_passes = 0;
+};
+
+class Scheduler {
+ public:
+  explicit Scheduler(const SchedulerLimits& limits) : limits_(limits) {}
+
+  // Waits until admitted, first come, first served. Needs above the limits are the caller's to refuse.
+  void enqueue(SeqId id, const Needs& needs);
+  void update(SeqId id, const Load& load);
+  void remove(SeqId id);  // waiting or running; a running one must stand in no open pass
+  void pass_done(SeqId id);  // the pass in which it stood is over
+  StepPlan next(const Usage& usage);
+
+  bool empty() const { return waiting_.empty() && running_.empty(); }
+  int waiting() const { return static_cast<int>(waiting_.size()); }
+  int running() const { return static_cast<int>(running_.size()); }
+  int free_resident_pages() const { return limits_.resident_pages - resident_pages_; }
+  int free_host_extents() const { return limits_.host_extents - host_extents_; }
+  // Ready: what a pass would judge of this sequence is complete.
+  static bool ready(const Load& load);
+
+ private:
+  struct Waiting {
+    SeqId id;
+    Needs needs;
+  };
+  struct Running {
+    Needs needs;
+    Load load;
+    bool in_pass = false;
+    uint64_t turn = 0;  // when it last left a pass; the longest unserved goes first
+  };
+  void admit(StepPlan& plan);
+  void open_pass(StepPlan& plan);
+  int draft_limit(const Running& sequence) const;
+
+  SchedulerLimits limits_;
+  std::deque<Waiting> waiting_;
+  std::map<SeqId, Running> running_;  // ordered: plans are the same for the same history
+  int resident_pages_ = 0;            // reserved
+  int host_extents_ = 0;
+  uint64_t turns_ = 0;
+};
+
+}  // namespace vericache

@@ -1,0 +1,154 @@
+#include "engine/engine.h"
+
+#include <random>
+
+#include "model/loaded_model.h"
+
+namespace vericache {
+namespace {
+
+struct Answer {
+  std::vector<DecidedToken> tokens;
+  std::optional<FinishReason> finish;
+};
+
+// One model for all tests of the binary: loading is most of a small test's time.
+LoadedModel& small_model() {
+  static LoadedModel model(bundled_model("vericode-5m"));
+  return model;
+}
+
+std::vector<TokenId> random_prompt(int tokens, uint64_t seed) {
+  // Repeated phrases, so that drafts from a lossy cache have something to agree on.
+  std::mt19937_64 random(seed);
+  std::vector<TokenId> phrase(200);
+  for (TokenId& token : phrase) {
+    token = static_cast<TokenId>(20 + random() % 8000);
+  }
+  std::vector<TokenId> prompt;
+  while (static_cast<int>(prompt.size()) < tokens) {
+    prompt.push_back(random() % 50 == 0 ? static_cast<TokenId>(20 + random() % 8000) : phrase[prompt.size() % phrase.size()]);
+  }
+  return prompt;
+}
+
+Request make_request(std::vector<TokenId> prompt, int max_tokens, float temperature, Answer& answer) {
+  Request request;
+  request.prompt = std::move(prompt);
+  request.max_tokens = max_tokens;
+  request.sampling.temperature = temperature;
+  request.sampling.seed = 7;
+  request.on_progress = [&answer](const Progress& progress) {
+    ASSERT_FALSE(answer.finish) << "a sequence says nothing after its end";
+    answer.tokens.insert(answer.tokens.end(), progress.tokens.begin(), progress.tokens.end());
+    answer.finish = progress.finish;
+  };
+  return request;
+}
+
+struct Outcome {
+  std::vector<Answer> answers;
+  EngineStats stats;
+};
+
+Outcome run(const char* compressor, EngineOptions options, const std::vector<std::vector<TokenId>>& prompts, int max_tokens, float temperature,
+        size_t budget = size_t{1} << 40) {
+  LoadedModel& loaded = small_model();
+  std::unique_ptr<Device> device = make_cpu_device(budget);
+  Engine engine(*loaded.model, *loaded.kernels, *device, compressor ? make_compressor(compressor) : nullptr, options);
+  Outcome result;
+  result.answers.resize(prompts.size());
+  for (size_t i = 0; i < prompts.size(); ++i) {
+    engine.submit(make_request(prompts[i], max_tokens, temperature, result.answers[i]));
+  }
+  engine.run();
+  EXPECT_TRUE(engine.pools_whole());
+  result.stats = engine.stats();
+  return result;
+}
+
+void expect_identical(const Outcome& reference, const Outcome& run, const std::string& what) {
+  ASSERT_EQ(reference.answers.size(), run.answers.size());
+  for (size_t i = 0; i < run.answers.size(); ++i) {
+    ASSERT_EQ(reference.answers[i].finish, run.answers[i].finish) << what;
+    ASSERT_EQ(reference.answers[i].tokens.size(), run.answers[i].tokens.size()) << what;
+    for (size_t t = 0; t < run.answers[i].tokens.size(); ++t) {
+      ASSERT_EQ(reference.answers[i].tokens[t].id, run.answers[i].tokens[t].id) << what << ": token " << t << " of prompt " << i;
+      ASSERT_EQ(reference.answers[i].tokens[t].logits_hash, run.answers[i].tokens[t].logits_hash) << what << ": logits " << t << " of prompt " << i;
+    }
+  }
+}
+
+const std::vector<std::vector<TokenId>>& prompts() {
+  static const std::vector<std::vector<TokenId>> prompts{random_prompt(700, 1), random_prompt(61, 2), random_prompt(320, 3)};
+  return prompts;
+}
+
+EngineOptions full_mode() {
+  EngineOptions options;
+  options.horizon = 0;
+  options.max_model_len = 1024;
+  return options;
+}
+
+TEST(Engine, EveryCompressorHorizonAndTemperatureGivesTheFullAnswer) {
+  for (const float temperature : {0.0f, 0.9f}) {
+    const Outcome reference = run(nullptr, full_mode(), prompts(), 40, temperature);
+    ASSERT_TRUE(reference.stats.full_on_device);
+    for (const char* compressor : {"none", "kivi:bits=4", "kivi:bits=2", "kivi:k=8,v=4", "streaming-llm:window=0.2", "snapkv:budget=0.3",
+                                   "snapkv:budget=0.3+kivi:bits=4", "streaming-llm:window=100+kivi:bits=8"}) {
+      for (const int horizon : {EngineOptions::kAdaptive, 1, 7, 32}) {
+        EngineOptions options = full_mode();
+        options.horizon = horizon;
+        options.max_sequences = horizon == 7 ? 1 : 3;
+        options.pass_rows = horizon == 1 ? 67 : 200;
+        const Outcome compressed = run(compressor, options, prompts(), 40, temperature);
+        expect_identical(reference, compressed, std::string(compressor) + " horizon " + std::to_string(horizon));
+        EXPECT_GT(compressed.stats.speculation.drafted, 0);
+        if (std::string_view(compressor) == "none") {
+          EXPECT_EQ(compressed.stats.speculation.accepted, compressed.stats.speculation.drafted) << "the same cache drafts the same tokens";
+        }
+      }
+    }
+  }
+}
+
+TEST(Engine, StreamingFullKvGivesTheFullAnswer) {
+  const Outcome reference = run(nullptr, full_mode(), prompts(), 40, 0.7f);
+  EngineOptions options = full_mode();
+  options.pass_rows = 128;
+  options.ring_layers = 2;
+  const Outcome streamed = run(nullptr, options, prompts(), 40, 0.7f, 7'000'000);
+  ASSERT_FALSE(streamed.stats.full_on_device);
+  EXPECT_GT(streamed.stats.wire_in_bytes, 0u);
+  expect_identical(reference, streamed, "streaming");
+}
+
+TEST(Engine, InjectedDelaysChangeNothing) {
+  const Outcome reference = run(nullptr, full_mode(), prompts(), 30, 0.0f);
+  EngineOptions options = full_mode();
+  options.horizon = 8;
+  options.max_sequences = 3;
+  options.inject_delay_us = 3000;
+  expect_identical(reference, run("snapkv:budget=0.3", options, prompts(), 30, 0.0f), "delays");
+}
+
+TEST(Engine, CorruptedBlocksAreRecomputedNeverAnswered) {
+  const Outcome reference = run(nullptr, full_mode(), prompts(), 30, 0.0f);
+  EngineOptions options = full_mode();
+  options.horizon = 8;
+  options.max_sequences = 2;
+  options.inject_corruption_every = 61;
+  const Outcome corrupted = run("kivi:bits=4", options, prompts(), 30, 0.0f);
+  EXPECT_GT(corrupted.stats.corrupt_blocks, 0);
+  EXPECT_GT(corrupted.stats.recomputed_tokens, 0);
+  expect_identical(reference, corrupted, "corruption");
+
+  // Where every block comes back broken no answer can be trusted, and the sequence says so.
+  options.inject_corruption_every = 1;
+  const Outcome hopeless = run("kivi:bits=4", options, {prompts()[0]}, 30, 0.0f);
+  EXPECT_EQ(hopeless.answers[0].finish, FinishReason::failed);
+}
+
+}  // namespace
+}  // namespace vericache
