@@ -7,8 +7,8 @@
 
 namespace vericache {
 
-void check_failed(std::string_view what, std::source_location where) {
-  fmt::print(stderr, "vericache: bug at {}:{} ({}): {}\n", where.file_name(), where.line(), where.function_name(), what);
+void check_failed(std::string_view what, const char* file, int line, const char* function) {
+  fmt::print(stderr, "vericache: bug at {}:{} ({}): {}\n", file, line, function, what);
   std::fflush(stderr);
   std::abort();
 }

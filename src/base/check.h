@@ -1,16 +1,18 @@
 // check(): a bug or a failed device ends the process with its place and reason. Never fires on user input.
+// Any thread may call it.
 #pragma once
 
-#include <source_location>
 #include <string_view>
 
 namespace vericache {
 
-[[noreturn]] void check_failed(std::string_view what, std::source_location where);
+[[noreturn]] void check_failed(std::string_view what, const char* file, int line, const char* function);
 
-inline void check(bool holds, std::string_view what, std::source_location where = std::source_location::current()) {
+// The built-ins are what std::source_location is made of; clang 14 lacks the latter.
+inline void check(bool holds, std::string_view what, const char* file = __builtin_FILE(), int line = __builtin_LINE(),
+                  const char* function = __builtin_FUNCTION()) {
   if (!holds) [[unlikely]] {
-    check_failed(what, where);
+    check_failed(what, file, line, function);
   }
 }
 

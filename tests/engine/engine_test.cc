@@ -118,7 +118,7 @@ TEST(Engine, StreamingFullKvGivesTheFullAnswer) {
   EngineOptions options = full_mode();
   options.pass_rows = 128;
   options.ring_layers = 2;
-  const Outcome streamed = run(nullptr, options, prompts(), 40, 0.7f, 7'000'000);
+  const Outcome streamed = run(nullptr, options, prompts(), 40, 0.7f, 4'200'000);
   ASSERT_FALSE(streamed.stats.full_on_device);
   EXPECT_GT(streamed.stats.wire_in_bytes, 0u);
   expect_identical(reference, streamed, "streaming");

@@ -180,7 +180,7 @@ TEST(Config, RefusesOtherMathematics) {
 
 TEST(Config, AcceptsFieldsThatChangeNothing) {
   json config = llama();
-  config.update({{"attention_dropout", 0.1},
+  config.update({{"residual_dropout", 0.1},
                  {"resid_pdrop", 0.0},
                  {"logits_scaling", 1.0},
                  {"partial_rotary_factor", 1.0},

@@ -1,4 +1,5 @@
-// TempDirectory: a folder of its own for one test, removed at its end. One thread.
+// TempDirectory: a folder of its own for one test, removed at its end; and what an Error says.
+// Belongs to one thread.
 #pragma once
 
 #include <gtest/gtest.h>

@@ -288,10 +288,10 @@ TEST(Sampling, PositionsAndSeedsAreIndependent) {
   std::vector<int> by_seed(36);
   std::vector<int> by_high_seed(36);
   for (int position = 0; position < 30'000; ++position) {
-    const int token = choose(logits, s, position);
-    ++by_position[static_cast<size_t>(token * 6 + choose(logits, s, position + 1))];
-    ++by_seed[static_cast<size_t>(token * 6 + choose(logits, next_seed, position))];
-    ++by_high_seed[static_cast<size_t>(token * 6 + choose(logits, high_seed, position))];
+    const size_t row = static_cast<size_t>(choose(logits, s, position)) * 6;
+    ++by_position[row + static_cast<size_t>(choose(logits, s, position + 1))];
+    ++by_seed[row + static_cast<size_t>(choose(logits, next_seed, position))];
+    ++by_high_seed[row + static_cast<size_t>(choose(logits, high_seed, position))];
   }
   for (const auto& draws : {by_position, by_seed, by_high_seed}) {
     EXPECT_LT(chi_square(draws, uniform), 72) << "1 in 4,000 by chance at 35 degrees of freedom";
