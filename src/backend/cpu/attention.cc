@@ -1,7 +1,5 @@
 #include "backend/cpu/attention.h"
 
-#include <xmmintrin.h>
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -16,7 +14,7 @@ namespace {
 constexpr int kSplitPages = 16;
 // Rows of a block share a KV page from the L2 cache; chunks of them keep scores, weights and sums in L1.
 constexpr int kBlockStackedRows = 128;
-constexpr int kChunkRows = 36;
+constexpr int kChunkRows = 24;
 constexpr int kMassPages = 8;  // of one task
 constexpr size_t kMaxPartialFloats = size_t{1} << 23;
 constexpr int kInlinePages = 4;  // less than that is done before a thread has woken up
@@ -36,7 +34,7 @@ size_t at(int rows, int columns) {
 
 void prefetch(const std::byte* data, size_t bytes) {
   for (size_t i = 0; i < bytes; i += 64) {
-    _mm_prefetch(reinterpret_cast<const char*>(data + i), _MM_HINT_T0);
+    __builtin_prefetch(data + i);
   }
 }
 
@@ -50,6 +48,31 @@ void start_total(const SoftmaxRows& total, int rows) {
   std::fill_n(total.max, rows, -std::numeric_limits<float>::infinity());
   std::fill_n(total.sum, rows, 0.0f);
   std::fill_n(total.acc, at(rows, total.head_dim), 0.0f);
+}
+
+// Where page `page` of the walk lies; null behind the last.
+const std::byte* page_of(const AttentionBlock& block, int page) {
+  const LayerKv& kv = block.sequence->kv;
+  if (page >= block.pages) {
+    return nullptr;
+  }
+  return page < block.past_pages ? kv.past.head_page(block.head, page)
+                                 : kv.tail.head_page(block.head, page - block.past_pages);
+}
+
+// How many of the page's tokens each stacked row sees: of the past all that the head holds, of the tail those up to its
+// own.
+void count_visible(const AttentionBlock& block, int page, int group, std::vector<int>& visible) {
+  const LayerKv& kv = block.sequence->kv;
+  const int stacked = block.rows * group;
+  if (page < block.past_pages) {
+    std::fill_n(visible.begin(), stacked, std::min(kPageTokens, tokens_of(kv.past, block.head) - page * kPageTokens));
+    return;
+  }
+  const int first = block.sequence->position + block.first - kv.tail_position - (page - block.past_pages) * kPageTokens;
+  for (int r = 0; r < stacked; ++r) {
+    visible[static_cast<size_t>(r)] = std::min(kPageTokens, first + r / group + 1);
+  }
 }
 
 }  // namespace
@@ -190,38 +213,39 @@ const std::byte* Attention::bf16_page(const KvView& view, int head, int page, co
 
 void Attention::run_page(const AttentionArgs& args, const AttentionBlock& block, int page, const SoftmaxRows& state) {
   const KvShape& shape = args.shape;
-  const LayerKv& kv = block.sequence->kv;
   const int group = args.heads / shape.kv_heads;
   const int stacked = block.rows * group;
-  Scratch& s = scratch();
   const bool in_past = page < block.past_pages;
-  const int index = in_past ? page : page - block.past_pages;
-  const KvView& view = in_past ? kv.past : kv.tail;
-  if (in_past) {
-    const int tokens = std::min(kPageTokens, tokens_of(view, block.head) - index * kPageTokens);
-    std::fill_n(s.visible.begin(), stacked, tokens);
-  } else {
-    const int first = block.sequence->position + block.first - kv.tail_position - index * kPageTokens;
-    for (int r = 0; r < stacked; ++r) {
-      s.visible[static_cast<size_t>(r)] = std::min(kPageTokens, first + r / group + 1);
-    }
-  }
-  if (page + 1 < block.past_pages) {
-    prefetch(view.head_page(block.head, index + 1), head_page_bytes(view.format, shape));
-  }
-  const auto* keys = reinterpret_cast<const bf16*>(bf16_page(view, block.head, index, shape, true));
+  const KvView& view = in_past ? block.sequence->kv.past : block.sequence->kv.tail;
+  Scratch& s = scratch();
+  count_visible(block, page, group, s.visible);
+  const auto* keys =
+      reinterpret_cast<const bf16*>(bf16_page(view, block.head, in_past ? page : page - block.past_pages, shape, true));
   const bf16* values = keys + at(kPageTokens, shape.key_dim());
   const int key_pairs = shape.key_dim() / 2;
-  const float scale2 = args.scale * kLog2E;
+
+  // The next page comes from memory meanwhile: with few rows as the product goes, with many a part per chunk.
+  const std::byte* next = page_of(block, page + 1);
+  const KvFormat next_format = page + 1 < block.past_pages ? view.format : KvFormat{};
+  const bool as_product_goes = stacked <= kChunkRows && view.format.exact() && next_format.exact() && next != nullptr;
+  const auto* next_keys = as_product_goes ? reinterpret_cast<const bf16*>(next) : nullptr;
+  const bf16* next_values = as_product_goes ? next_keys + at(kPageTokens, shape.key_dim()) : nullptr;
+  const size_t bytes_per_row = head_page_bytes(next_format, shape) / static_cast<size_t>(stacked);
+
   for (int first = 0; first < stacked; first += kChunkRows) {
     const int rows = std::min(kChunkRows, stacked - first);
+    if (next != nullptr && !as_product_goes) {
+      prefetch(next + static_cast<size_t>(first) * bytes_per_row, static_cast<size_t>(rows) * bytes_per_row);
+    }
     const SoftmaxRows chunk{state.max + first, state.sum + at(first, kSumLanes), state.acc + at(first, shape.head_dim),
                             shape.head_dim};
     ops_.product(s.q.data() + at(first, shape.key_dim()), static_cast<size_t>(shape.key_dim()), rows, keys,
-                 at(key_pairs, 2 * kPanel), key_pairs, kPageTokens / kPanel, s.scores.data(), kPageTokens, false);
-    ops_.rows->softmax_page(s.scores.data(), rows, s.visible.data() + first, scale2, s.weights.data(), chunk);
+                 at(key_pairs, 2 * kPanel), key_pairs, kPageTokens / kPanel, s.scores.data(), kPageTokens, false,
+                 next_keys);
+    ops_.rows->softmax_page(s.scores.data(), rows, s.visible.data() + first, args.scale * kLog2E, s.weights.data(),
+                            chunk);
     ops_.product(s.weights.data(), kPageTokens, rows, values, at(kPageTokens / 2, 2 * kPanel), kPageTokens / 2,
-                 shape.head_dim / kPanel, chunk.acc, static_cast<size_t>(shape.head_dim), true);
+                 shape.head_dim / kPanel, chunk.acc, static_cast<size_t>(shape.head_dim), true, next_values);
   }
 }
 
@@ -334,7 +358,8 @@ void Attention::mass_page(const MassArgs& args, int head, int page, int first_ro
   for (int first = 0; first < stacked; first += kChunkRows) {
     const int rows = std::min(kChunkRows, stacked - first);
     ops_.product(s.q.data() + at(first, shape.key_dim()), static_cast<size_t>(shape.key_dim()), rows, keys,
-                 at(key_pairs, 2 * kPanel), key_pairs, kPageTokens / kPanel, s.scores.data(), kPageTokens, false);
+                 at(key_pairs, 2 * kPanel), key_pairs, kPageTokens / kPanel, s.scores.data(), kPageTokens, false,
+                 nullptr);
     ops_.rows->mass_page(s.scores.data(), rows, s.visible.data() + first, args.scale * kLog2E,
                          s.log_sum_exp2.data() + first, mass);
   }

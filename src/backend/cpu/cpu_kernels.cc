@@ -188,7 +188,7 @@ void CpuKernels::multiply_tile(const PackedMatrix& weight, const bf16* x, int ro
     const int values = std::min(k_block, k - begin);
     const bf16* panel = weight.data + static_cast<size_t>(first_panel) * panel_values(weight.in) + at(begin, kPanel);
     ops_.product(x + begin, static_cast<size_t>(k), rows, panel, panel_values(weight.in), values / 2, full,
-                 y + first_panel * kPanel, static_cast<size_t>(weight.out), add || begin > 0);
+                 y + first_panel * kPanel, static_cast<size_t>(weight.out), add || begin > 0, nullptr);
     if (full < panels) {
       multiply_edge(weight, x, rows, begin, values, y, add || begin > 0);
     }
@@ -206,7 +206,7 @@ void CpuKernels::multiply_edge(const PackedMatrix& weight, const bf16* x, int ro
   }
   ops_.product(x + k, static_cast<size_t>(padded_dim(weight.in)), rows,
                weight.data + static_cast<size_t>(panel) * panel_values(weight.in) + at(k, kPanel),
-               panel_values(weight.in), k_values / 2, 1, edge, kPanel, accumulate);
+               panel_values(weight.in), k_values / 2, 1, edge, kPanel, accumulate, nullptr);
   for (int row = 0; row < rows; ++row) {
     std::copy_n(edge + at(row, kPanel), width, columns + at(row, weight.out));
   }

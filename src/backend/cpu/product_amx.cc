@@ -115,7 +115,8 @@ void panels_of_rows(Operands o, int panels) {
 }
 
 void panel_product(const bf16* a, size_t lda, int rows, const bf16* b, size_t panel_stride, int k_pairs, int panels,
-                   float* c, size_t ldc, bool accumulate) {
+                   float* c, size_t ldc, bool accumulate, const bf16* next) {
+  prefetch_panels(next, panel_stride, k_pairs, panels);
   while (rows > 0) {
     const Operands o{a, lda, b, panel_stride, k_pairs, c, ldc, accumulate};
     const int upper = rows < kTileRows ? rows : kTileRows;

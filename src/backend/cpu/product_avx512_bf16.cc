@@ -21,7 +21,7 @@ constexpr int kPrefetchLines = 16;
 
 template <int kRows, int kPanels, bool kPrefetch>
 inline void block(const bf16* a, size_t lda, const bf16* b, size_t panel_stride, int k_pairs, float* c, size_t ldc,
-                  bool accumulate) {
+                  bool accumulate, const bf16* ahead) {
   __m512 sum[kRows][kPanels];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
@@ -37,7 +37,8 @@ inline void block(const bf16* a, size_t lda, const bf16* b, size_t panel_stride,
       const bf16* row = b + static_cast<size_t>(p) * panel_stride + k * 32;
       line[p] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(row));
       if constexpr (kPrefetch) {
-        _mm_prefetch(reinterpret_cast<const char*>(row + kPrefetchLines * 32), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(ahead + static_cast<size_t>(p) * panel_stride + k * 32),
+                     _MM_HINT_T0);
       }
     }
 #pragma GCC unroll 8
@@ -60,53 +61,48 @@ inline void block(const bf16* a, size_t lda, const bf16* b, size_t panel_stride,
   }
 }
 
+// The first block of rows fetches ahead; the blocks after it find B in the cache.
 template <int kPanels>
 void rows_of_panels(const bf16* a, size_t lda, int rows, const bf16* b, size_t panel_stride, int k_pairs, float* c,
-                    size_t ldc, bool accumulate) {
-  if (rows == 1) {
-    return block<1, kPanels, true>(a, lda, b, panel_stride, k_pairs, c, ldc, accumulate);
+                    size_t ldc, bool accumulate, const bf16* ahead) {
+  constexpr int kBlock = kPanels > kBlockPanels ? kThinRows : kBlockRows;
+  if (rows >= kBlock) {
+    block<kBlock, kPanels, true>(a, lda, b, panel_stride, k_pairs, c, ldc, accumulate, ahead);
+    rows -= kBlock, a += kBlock * lda, c += kBlock * ldc;
   }
-  if (rows == 2) {
-    return block<2, kPanels, true>(a, lda, b, panel_stride, k_pairs, c, ldc, accumulate);
+  for (; rows >= kBlock; rows -= kBlock, a += kBlock * lda, c += kBlock * ldc) {
+    block<kBlock, kPanels, false>(a, lda, b, panel_stride, k_pairs, c, ldc, accumulate, ahead);
   }
-  if constexpr (kPanels <= kBlockPanels) {
-    for (; rows >= kBlockRows; rows -= kBlockRows, a += kBlockRows * lda, c += kBlockRows * ldc) {
-      block<kBlockRows, kPanels, false>(a, lda, b, panel_stride, k_pairs, c, ldc, accumulate);
-    }
-    switch (rows) {
-      case 5:
-        return block<5, kPanels, false>(a, lda, b, panel_stride, k_pairs, c, ldc, accumulate);
-      case 4:
-        return block<4, kPanels, false>(a, lda, b, panel_stride, k_pairs, c, ldc, accumulate);
-      case 3:
-        return block<3, kPanels, false>(a, lda, b, panel_stride, k_pairs, c, ldc, accumulate);
-      case 2:
-        return block<2, kPanels, false>(a, lda, b, panel_stride, k_pairs, c, ldc, accumulate);
-      case 1:
-        return block<1, kPanels, false>(a, lda, b, panel_stride, k_pairs, c, ldc, accumulate);
-      default:
-        return;
-    }
+  if constexpr (kBlock > 2) {
+    if (rows == 5) block<5, kPanels, true>(a, lda, b, panel_stride, k_pairs, c, ldc, accumulate, ahead);
+    if (rows == 4) block<4, kPanels, true>(a, lda, b, panel_stride, k_pairs, c, ldc, accumulate, ahead);
+    if (rows == 3) block<3, kPanels, true>(a, lda, b, panel_stride, k_pairs, c, ldc, accumulate, ahead);
+    if (rows == 2) block<2, kPanels, true>(a, lda, b, panel_stride, k_pairs, c, ldc, accumulate, ahead);
   }
+  if (rows == 1) block<1, kPanels, true>(a, lda, b, panel_stride, k_pairs, c, ldc, accumulate, ahead);
 }
 
 void panel_product(const bf16* a, size_t lda, int rows, const bf16* b, size_t panel_stride, int k_pairs, int panels,
-                   float* c, size_t ldc, bool accumulate) {
-  for (; rows <= kThinRows && panels >= kThinPanels;
-       panels -= kThinPanels, b += kThinPanels * panel_stride, c += kThinPanels * kPanel) {
-    rows_of_panels<kThinPanels>(a, lda, rows, b, panel_stride, k_pairs, c, ldc, accumulate);
+                   float* c, size_t ldc, bool accumulate, const bf16* next) {
+  const bf16* ahead = next != nullptr ? next : b + kPrefetchLines * 32;
+  const auto advance = [&](int done) {
+    panels -= done;
+    b += static_cast<size_t>(done) * panel_stride;
+    ahead += static_cast<size_t>(done) * panel_stride;
+    c += done * kPanel;
+  };
+  for (; rows <= kThinRows && panels >= kThinPanels; advance(kThinPanels)) {
+    rows_of_panels<kThinPanels>(a, lda, rows, b, panel_stride, k_pairs, c, ldc, accumulate, ahead);
   }
-  for (; panels >= kBlockPanels; panels -= kBlockPanels, b += kBlockPanels * panel_stride, c += kBlockPanels * kPanel) {
-    rows_of_panels<kBlockPanels>(a, lda, rows, b, panel_stride, k_pairs, c, ldc, accumulate);
+  for (; panels >= kBlockPanels; advance(kBlockPanels)) {
+    rows_of_panels<kBlockPanels>(a, lda, rows, b, panel_stride, k_pairs, c, ldc, accumulate, ahead);
   }
   if (panels >= 2) {
-    rows_of_panels<2>(a, lda, rows, b, panel_stride, k_pairs, c, ldc, accumulate);
-    panels -= 2;
-    b += 2 * panel_stride;
-    c += 2 * kPanel;
+    rows_of_panels<2>(a, lda, rows, b, panel_stride, k_pairs, c, ldc, accumulate, ahead);
+    advance(2);
   }
   if (panels == 1) {
-    rows_of_panels<1>(a, lda, rows, b, panel_stride, k_pairs, c, ldc, accumulate);
+    rows_of_panels<1>(a, lda, rows, b, panel_stride, k_pairs, c, ldc, accumulate, ahead);
   }
 }
 

@@ -85,7 +85,8 @@ void rows_of_panels(const bf16* a, size_t lda, int rows, const bf16* b, size_t p
 }
 
 void panel_product(const bf16* a, size_t lda, int rows, const bf16* b, size_t panel_stride, int k_pairs, int panels,
-                   float* c, size_t ldc, bool accumulate) {
+                   float* c, size_t ldc, bool accumulate, const bf16* next) {
+  prefetch_panels(next, panel_stride, k_pairs, panels);
   int p = 0;
   for (; p + kBlockPanels <= panels; p += kBlockPanels) {
     rows_of_panels<kBlockPanels>(a, lda, rows, b + static_cast<size_t>(p) * panel_stride, panel_stride, k_pairs,

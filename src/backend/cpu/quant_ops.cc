@@ -152,10 +152,15 @@ HWY_INLINE Words read_codes(const std::byte* source, int bits, int row, int lane
 HWY_INLINE Words decode(Words code, const Affine& affine) {
   const F32 d;
   const Floats step = hn::ConvertTo(d, hn::BitCast(I32(), code));
-  return round_to_bf16(hn::MulAdd(step, hn::Set(d, affine.scale), hn::Set(d, affine.minimum)));
+  return round_finite_to_bf16(hn::MulAdd(step, hn::Set(d, affine.scale), hn::Set(d, affine.minimum)));
 }
 
 void dequantize(const std::byte* source, int bits, int panels, int pairs, bf16* out) {
+#if HWY_TARGET == HWY_AVX3
+  if (dequantize_by_table(source, bits, panels, pairs, out)) {
+    return;
+  }
+#endif
   const U32 du;
   const std::byte* scales = source + code_bytes(bits, panels, pairs);
   const Words mask = hn::Set(du, (1u << bits) - 1);

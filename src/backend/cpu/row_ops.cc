@@ -155,13 +155,19 @@ void softmax_page(const float* scores, int rows, const int* visible, float scale
       state.max[r] = page_max;
     }
     const Floats max = hn::Set(d, state.max[r]);
+    constexpr size_t kPartials = 16 / kLanes;
+    Floats page_sum[kPartials];
 #pragma GCC unroll 16
     for (size_t v = 0; v < kVectors; ++v) {
-      const Words rounded = round_to_bf16(exp2(hn::Sub(s[v], max)));
+      const Words rounded = round_finite_to_bf16(exp2(hn::Sub(s[v], max)));
       hn::StoreU(hn::TruncateTo(U16(), hn::ShiftRight<16>(rounded)), U16(),
                  reinterpret_cast<uint16_t*>(weights + v * kLanes));
-      float* partial = sum + v * kLanes % 16;
-      hn::StoreU(hn::Add(hn::LoadU(d, partial), second_of_pair(rounded)), d, partial);
+      const Floats weight = second_of_pair(rounded);
+      page_sum[v % kPartials] = v < kPartials ? weight : hn::Add(page_sum[v % kPartials], weight);
+    }
+#pragma GCC unroll 16
+    for (size_t i = 0; i < kPartials; ++i) {
+      hn::StoreU(hn::Add(hn::LoadU(d, sum + i * kLanes), page_sum[i]), d, sum + i * kLanes);
     }
   }
 }

@@ -18,7 +18,16 @@ inline constexpr int kMaxHeadDim = 512;
 // over k in rising order whatever rows and panels are; cutting K into calls with accumulate gives the same bits as one
 // call.
 using PanelProduct = void (*)(const bf16* a, size_t lda, int rows, const bf16* b, size_t panel_stride, int k_pairs,
-                              int panels, float* c, size_t ldc, bool accumulate);
+                              int panels, float* c, size_t ldc, bool accumulate, const bf16* next);
+
+// For implementations whose inner loop does not fetch `next` itself.
+inline void prefetch_panels(const bf16* next, size_t panel_stride, int k_pairs, int panels) {
+  for (int p = 0; next != nullptr && p < panels; ++p) {
+    for (int k = 0; k < k_pairs; ++k) {
+      __builtin_prefetch(next + static_cast<size_t>(p) * panel_stride + k * 2 * kPanel);
+    }
+  }
+}
 
 // Online softmax of stacked query rows over pages of 64 tokens (Milakov & Gimelshein 2018), in base 2: score2 = log2(e)
 // * scale * q.k.
@@ -65,5 +74,7 @@ bool amx_permitted();  // asks the kernel for tile data, once per process
 
 const RowOps& row_ops(Isa isa);
 const QuantOps& quant_ops(Isa isa);
+bool dequantize_by_table(const std::byte* source, int bits, int panels, int pairs,
+                         bf16* out);  // AVX-512; false: not for these bits
 
 }  // namespace vericache

@@ -32,13 +32,17 @@ HWY_INLINE Floats second_of_pair(Words pair) {
 }
 
 // The float's bits after rounding to bf16 (nearest, ties to even), in the upper half; the lower half is not cleared.
-// NaN stays NaN.
-HWY_INLINE Words round_to_bf16(Floats x) {
+// For finite x.
+HWY_INLINE Words round_finite_to_bf16(Floats x) {
   const Words bits = hn::BitCast(U32(), x);
   const Words odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(U32(), 1));
-  const Words rounded = hn::Add(hn::Add(bits, hn::Set(U32(), 0x7fff)), odd);
-  const Words quiet = hn::Or(bits, hn::Set(U32(), 0x400000));
-  return hn::IfThenElse(hn::RebindMask(U32(), hn::IsNaN(x)), quiet, rounded);
+  return hn::Add(hn::Add(bits, hn::Set(U32(), 0x7fff)), odd);
+}
+
+// The same for every x: NaN stays NaN.
+HWY_INLINE Words round_to_bf16(Floats x) {
+  const Words quiet = hn::Or(hn::BitCast(U32(), x), hn::Set(U32(), 0x400000));
+  return hn::IfThenElse(hn::RebindMask(U32(), hn::IsNaN(x)), quiet, round_finite_to_bf16(x));
 }
 
 HWY_INLINE hn::Vec<U16> demote_to_bf16(Floats x) {
@@ -78,17 +82,18 @@ HWY_INLINE void store_lanes(hn::Vec<U16> v, bf16* p, size_t n) {
 // [-1/2, 1/2].
 HWY_INLINE Floats exp2(Floats x) {
   const F32 d;
+  // Adding 1.5 * 2^23 rounds x to an integer and leaves it in the low bits; 127 makes it the exponent field of 2^n.
+  const Floats magic = hn::Set(d, 12582912.0f + 127.0f);
   const Floats clamped = hn::Max(x, hn::Set(d, -127.0f));
-  const Floats whole = hn::Round(clamped);
-  const Floats r = hn::Sub(clamped, whole);
+  const Floats shifted = hn::Add(clamped, magic);
+  const Floats r = hn::Sub(clamped, hn::Sub(shifted, magic));
   Floats p = hn::Set(d, 0.00132647273f);
   p = hn::MulAdd(p, r, hn::Set(d, 0.00967151299f));
   p = hn::MulAdd(p, r, hn::Set(d, 0.0555073358f));
   p = hn::MulAdd(p, r, hn::Set(d, 0.240222424f));
   p = hn::MulAdd(p, r, hn::Set(d, 0.693147004f));
   p = hn::MulAdd(p, r, hn::Set(d, 1.0f));
-  const auto exponent = hn::ShiftLeft<23>(hn::Add(hn::ConvertTo(I32(), whole), hn::Set(I32(), 127)));
-  return hn::Mul(p, hn::BitCast(d, exponent));
+  return hn::Mul(p, hn::BitCast(d, hn::ShiftLeft<23>(hn::BitCast(U32(), shifted))));
 }
 
 }  // namespace vericache::HWY_NAMESPACE
