@@ -81,7 +81,6 @@ struct Engine::State {
   Activations draft_activations;
   std::unique_ptr<Scheduler> scheduler;
   std::map<SeqId, std::unique_ptr<Sequence>> sequences;  // waiting and running
-  std::map<SeqId, SequenceStats> finished;
   std::deque<std::unique_ptr<FullPass>> passes;  // open, in order; the first computes
   std::vector<DecidedToken> decided;             // by the member that is being judged
   SeqId next_id = 1;
@@ -537,7 +536,6 @@ void Engine::State::reap() {
     if (s.query_memory != nullptr) {
       window_pool->give(s.query_memory);
     }
-    finished[s.id] = s.stats;
     scheduler->remove(s.id);
     it = sequences.erase(it);
   }
@@ -554,7 +552,7 @@ void Engine::State::note_peaks() {
   stats.peak_full_bytes = std::max(stats.peak_full_bytes, plan.full_on_device ? resident : full);
 }
 
-Engine::Engine(const Transformer& model, Kernels& /*kernels*/, Device& device, std::unique_ptr<Compressor> compressor, const EngineOptions& options)
+Engine::Engine(const Transformer& model, Device& device, std::unique_ptr<Compressor> compressor, const EngineOptions& options)
     : state_(std::make_unique<State>(model, device, std::move(compressor), options)) {}
 Engine::~Engine() = default;
 
@@ -575,14 +573,6 @@ const EngineStats& Engine::stats() const {
     stats.corrupt_blocks = static_cast<int64_t>(state_->wire->corrupt_blocks());
   }
   return stats;
-}
-
-SequenceStats Engine::sequence_stats(SeqId id) const {
-  if (const auto sequence = state_->sequences.find(id); sequence != state_->sequences.end()) {
-    return sequence->second->stats;
-  }
-  const auto finished = state_->finished.find(id);
-  return finished != state_->finished.end() ? finished->second : SequenceStats{};
 }
 
 bool Engine::pools_whole() const {

@@ -55,7 +55,7 @@ struct SequenceStats {
 
 // Totals since construction; bytes are those of this moment unless named peak.
 struct EngineStats {
-  SequenceStats speculation;
+  SequenceStats speculation;     // of finished sequences
   int64_t prompt_tokens = 0;     // KV computed in prefill
   int64_t decided_tokens = 0;
   int64_t draft_steps = 0;
@@ -85,7 +85,7 @@ class Engine {
   // compressor: null or "none" with options.horizon 0 = full-KV mode: the full KV stays on the device where it fits and is streamed over
   // the wire at every pass where it does not. Pools share what the device's budget has left. Error if that cannot hold one sequence:
   // the message names the least that can.
-  Engine(const Transformer& model, Kernels& kernels, Device& device, std::unique_ptr<Compressor> compressor, const EngineOptions& options);
+  Engine(const Transformer& model, Device& device, std::unique_ptr<Compressor> compressor, const EngineOptions& options);
   ~Engine();
   Engine(const Engine&) = delete;
   Engine& operator=(const Engine&) = delete;
@@ -98,7 +98,6 @@ class Engine {
   void run() { while (step()) {} }
 
   const EngineStats& stats() const;
-  SequenceStats sequence_stats(SeqId id) const;  // also of finished sequences
   // When idle: every pool is whole again. For tests and for a server's idle time.
   bool pools_whole() const;
 

@@ -37,17 +37,18 @@ class ConfigFields {
   }
   bool has_key(std::string_view key) const { return object_.find(key) != object_.end(); }
 
+  // Sizes: 0 <= low.
   std::optional<int> integer(std::string_view key, int low, int high) const {
     const nlohmann::json* value = find(key);
     if (value == nullptr) {
       return std::nullopt;
     }
-    // A float in the JSON is a number beyond 64 bits or a fraction; unsigned beyond int64 must not wrap.
-    if (!value->is_number_integer() || (value->is_number_unsigned() && value->get<uint64_t>() > INT32_MAX) ||
-        value->get<int64_t>() < low || value->get<int64_t>() > high) {
+    // The parser gives whole numbers from 0 to 2^64 - 1 as unsigned, larger ones as floats.
+    if (!value->is_number_unsigned() || value->get<uint64_t>() < static_cast<uint64_t>(low) ||
+        value->get<uint64_t>() > static_cast<uint64_t>(high)) {
       throw Error("{}: \"{}\" is {}; it must be a whole number from {} to {}", where_, key, shown(*value), low, high);
     }
-    return static_cast<int>(value->get<int64_t>());
+    return static_cast<int>(value->get<uint64_t>());
   }
 
   int required_integer(std::string_view key, int low, int high) const {

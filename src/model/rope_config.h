@@ -1,4 +1,5 @@
-// The rotary part of config.json, in the forms of transformers 4 and 5. Pure functions: any thread.
+// The rotary part of config.json, in the forms of transformers 4 and 5.
+// Pure functions: any thread.
 #pragma once
 
 #include "model/config_fields.h"
