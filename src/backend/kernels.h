@@ -73,7 +73,7 @@ struct MassArgs {
   const float* log_sum_exp = nullptr;  // (rows, heads), as attention gave it
   SequenceRows sequence{};                 // rows to use; first_row counts in q and log_sum_exp
   int tokens = 0;                        // of the sequence: [0, tokens)
-  float* mass = nullptr;                 // (kv_heads, tokens)
+  float* mass = nullptr;                 // (kv_heads, tokens): added to, so that several calls can vote
 };
 
 class Kernels {

@@ -123,6 +123,9 @@ std::unique_ptr<Compressor> make_compressor(std::string_view text) {
     options.budget.amount = spec.number("budget", options.budget.amount, 0, 1 << 24);
     options.window = spec.whole("window", options.window, 1, 256);
     options.kernel = spec.whole("kernel", options.kernel, 1, 255);
+    if (options.kernel % 2 == 0) {
+      spec.fail("kernel must be odd: it reaches as far to either side");
+    }
     options.budget.least = std::max(kPageTokens, options.window);
     spec.finish();
     return std::make_unique<SnapKv>(options, kept);

@@ -12,7 +12,7 @@ std::string SnapKv::name() const {
 }
 
 void SnapKv::score(Kernels& kernels, const FullLayer& full, int tokens, const Attended& seen, std::span<float> scores) {
-  mass_.resize(scores.size());
+  mass_.assign(scores.size(), 0.0f);
   kernels.attention_mass({.shape = full.shape,
                           .heads = seen.heads,
                           .scale = seen.scale,

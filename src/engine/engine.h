@@ -1,4 +1,5 @@
-// Engine: many sequences in flight over one model. It speaks tokens. All calls come from one thread, which drives it by step().
+// Engine: many sequences in flight over one model. It speaks tokens. All calls come from one thread, which drives it by
+// step().
 #pragma once
 
 #include <chrono>
@@ -19,8 +20,8 @@
 
 namespace vericache {
 
-// stop: an end token; length: max_tokens or the end of the context; failed: the full KV kept failing its checksums, so that no answer
-// could be trusted.
+// stop: an end token; length: max_tokens or the end of the context; failed: the full KV kept failing its checksums, so
+// that no answer could be trusted.
 enum class FinishReason { stop, length, cancelled, failed };
 std::string_view finish_reason_name(FinishReason reason);
 
@@ -47,27 +48,27 @@ struct Request {
 };
 
 struct SequenceStats {
-  int64_t rounds = 0;          // verifications that judged at least one drafted token
-  int64_t drafted = 0;         // tokens that verifications judged
-  int64_t accepted = 0;        // of them, tokens that stood
+  int64_t rounds = 0;                // verifications that judged at least one drafted token
+  int64_t drafted = 0;               // tokens that verifications judged
+  int64_t accepted = 0;              // of them, tokens that stood
   std::vector<int64_t> accepted_at;  // (max drafts): how often the token drafted at this place stood
 };
 
 // Totals since construction; bytes are those of this moment unless named peak.
 struct EngineStats {
-  SequenceStats speculation;     // of finished sequences
-  int64_t prompt_tokens = 0;     // KV computed in prefill
+  SequenceStats speculation;  // of finished sequences
+  int64_t prompt_tokens = 0;  // KV computed in prefill
   int64_t decided_tokens = 0;
   int64_t draft_steps = 0;
   int64_t full_passes = 0;
-  int64_t decode_passes = 0;     // full passes that decided at least one token
-  double draft_seconds = 0;      // wall time inside draft steps, full passes, and waiting for the wire
+  int64_t decode_passes = 0;  // full passes that decided at least one token
+  double draft_seconds = 0;   // wall time inside draft steps, full passes, and waiting for the wire
   double pass_seconds = 0;
   double wait_seconds = 0;
-  size_t wire_in_bytes = 0;      // residuals brought in
+  size_t wire_in_bytes = 0;         // residuals brought in
   size_t wire_in_bytes_decode = 0;  // of them, for passes that decided tokens
-  size_t wire_out_bytes = 0;     // full KV flown out
-  int64_t corrupt_blocks = 0;    // checksum mismatches, each answered by recomputation
+  size_t wire_out_bytes = 0;        // full KV flown out
+  int64_t corrupt_blocks = 0;       // checksum mismatches, each answered by recomputation
   int64_t recomputed_tokens = 0;
   size_t weight_bytes = 0;
   size_t activation_bytes = 0;
@@ -82,20 +83,24 @@ struct EngineStats {
 
 class Engine {
  public:
-  // compressor: null or "none" with options.horizon 0 = full-KV mode: the full KV stays on the device where it fits and is streamed over
-  // the wire at every pass where it does not. Pools share what the device's budget has left. Error if that cannot hold one sequence:
-  // the message names the least that can.
-  Engine(const Transformer& model, Device& device, std::unique_ptr<Compressor> compressor, const EngineOptions& options);
+  // compressor: null or "none" with options.horizon 0 = full-KV mode: the full KV stays on the device where it fits and
+  // is streamed over the wire at every pass where it does not. Pools share what the device's budget has left. Error if
+  // that cannot hold one sequence: the message names the least that can.
+  Engine(const Transformer& model, Device& device, std::unique_ptr<Compressor> compressor,
+         const EngineOptions& options);
   ~Engine();
   Engine(const Engine&) = delete;
   Engine& operator=(const Engine&) = delete;
 
-  // Error if the prompt is empty, holds an id outside the vocabulary, or does not fit max_model_len with at least one new token,
-  // or a sampling parameter is out of range. max_tokens is cut to what the context leaves.
+  // Error if the prompt is empty, holds an id outside the vocabulary, or does not fit max_model_len with at least one
+  // new token, or a sampling parameter is out of range. max_tokens is cut to what the context leaves.
   SeqId submit(Request request);
   void cancel(SeqId id);  // its last progress comes with FinishReason::cancelled; unknown ids are ignored
   bool step();            // does one unit of work; false when no sequence is left
-  void run() { while (step()) {} }
+  void run() {
+    while (step()) {
+    }
+  }
 
   const EngineStats& stats() const;
   // When idle: every pool is whole again. For tests and for a server's idle time.

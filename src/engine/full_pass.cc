@@ -16,8 +16,11 @@ FullPass::FullPass(const Transformer& model, Compressor* compressor, Wire* wire,
     Sequence& sequence = *member.sequence;
     sequence.in_pass = true;
     member.position = sequence.verified;
-    member.past_pages = sequence.full ? sequence.full->stored() : sequence.folded / kPageTokens;
-    // Rows of decided tokens are verified KV as soon as they are computed: whole pages of them can be folded in this pass.
+    if (!sequence.full) {
+      member.past_pages = sequence.folded / kPageTokens;
+    }
+    // Rows of decided tokens are verified KV as soon as they are computed: whole pages of them can be folded in this
+    // pass.
     member.fold_end = (member.position + member.backlog_rows) / kPageTokens * kPageTokens;
     member.first_staged = staged;
     table_begin_.push_back(table);
@@ -47,7 +50,9 @@ bool FullPass::decides() const {
   return std::any_of(members_.begin(), members_.end(), [](const FullPassMember& member) { return member.decides; });
 }
 
-bool FullPass::layer_arrived() const { return wire_ == nullptr || wire_->arrived(*fetch_, std::max(0, next_layer_)); }
+bool FullPass::layer_arrived() const {
+  return wire_ == nullptr || wire_->arrived(*fetch_, std::max(0, next_layer_));
+}
 
 void FullPass::wait_layer() const {
   if (wire_ != nullptr) {
@@ -60,13 +65,14 @@ void FullPass::start(Activations& activations) {
   for (FullPassMember& member : members_) {
     Sequence& sequence = *member.sequence;
     member.first_row = static_cast<int>(tokens.size());
-    member.drafts = member.decides ? static_cast<int>(sequence.drafted.size()) : 0;
+    member.drafts = member.decides ? std::min(static_cast<int>(sequence.drafted.size()), member.most_drafts) : 0;
     sequence.pass_end = member.position + member.rows();
     check(sequence.tail->end() >= member.position + member.rows(), "a pass has room in the tails for its rows");
     const auto first = sequence.tokens.begin() + member.position;
     tokens.insert(tokens.end(), first, first + member.backlog_rows);
     tokens.insert(tokens.end(), sequence.drafted.begin(), sequence.drafted.begin() + member.drafts);
-    sequence_rows_.push_back({.first_row = member.first_row, .rows = member.rows(), .position = member.position, .kv = {}});
+    sequence_rows_.push_back(
+        {.first_row = member.first_row, .rows = member.rows(), .position = member.position, .kv = {}});
   }
   rows_ = static_cast<int>(tokens.size());
   model_.embed(tokens, activations);
@@ -122,7 +128,8 @@ void FullPass::compress(const FullPassMember& member, const LayerKv& kv, int lay
   if (!sequence.windows.empty()) {
     QueryWindow& window = sequence.windows[static_cast<size_t>(layer)];
     window.append(activations.q + static_cast<ptrdiff_t>(member.first_row) * config.heads * shape.key_dim(),
-                  activations.log_sum_exp + static_cast<ptrdiff_t>(member.first_row) * config.heads, member.rows(), member.position);
+                  activations.log_sum_exp + static_cast<ptrdiff_t>(member.first_row) * config.heads, member.rows(),
+                  member.position);
     seen = window.attended(config.heads, model_.attention_scale());
   }
   const TokenRange fresh{sequence.folded, member.fold_end};

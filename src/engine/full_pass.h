@@ -1,5 +1,5 @@
-// FullPass: one forward pass over full + tail for rows of several sequences: prefill chunks, verifications and plain decoding are all
-// this. It runs layer by layer behind the wire. Owned by the engine's thread.
+// FullPass: one forward pass over full + tail for rows of several sequences: prefill chunks, verifications and plain
+// decoding are all this. It runs layer by layer behind the wire. Owned by the engine's thread.
 #pragma once
 
 #include <memory>
@@ -19,9 +19,10 @@ struct FullPassMember {
   bool decides = false;
   int position = 0;      // of its first row
   int backlog_rows = 0;  // rows of decided tokens
+  int most_drafts = 0;   // that the plan has room for; a horizon that has shrunk may have left more
   int drafts = 0;        // rows of drafted tokens behind them; fixed when the pass starts
   int first_row = 0;
-  int past_pages = 0;    // full KV outside the tail
+  int past_pages = 0;  // full KV outside the tail, as the plan counted it: the wire may have stored more since
   int first_staged = 0;
   int fold_end = 0;      // where its resident part will end after the pass
   bool corrupt = false;  // what the wire brought failed its checksum: nothing of this member is used

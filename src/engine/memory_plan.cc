@@ -11,9 +11,15 @@ namespace {
 
 constexpr size_t kBlockAlignment = 4096;
 
-size_t aligned(size_t bytes) { return (bytes + kBlockAlignment - 1) / kBlockAlignment * kBlockAlignment; }
-int pages_for(int tokens) { return (tokens + kPageTokens - 1) / kPageTokens; }
-double megabytes(size_t bytes) { return static_cast<double>(bytes) / 1e6; }
+size_t aligned(size_t bytes) {
+  return (bytes + kBlockAlignment - 1) / kBlockAlignment * kBlockAlignment;
+}
+int pages_for(int tokens) {
+  return (tokens + kPageTokens - 1) / kPageTokens;
+}
+double megabytes(size_t bytes) {
+  return static_cast<double>(bytes) / 1e6;
+}
 
 // Sizes that do not depend on the budget.
 MemoryPlan fixed_sizes(const Transformer& model, const Compressor* compressor, const EngineOptions& o) {
@@ -24,11 +30,12 @@ MemoryPlan fixed_sizes(const Transformer& model, const Compressor* compressor, c
   const int horizon = o.horizon == EngineOptions::kAdaptive ? o.max_horizon : o.horizon;
   plan.most_drafts = 2 * horizon;  // as many again while a verification is on the wire
   if (o.pass_rows < 1 + plan.most_drafts) {
-    throw Error("a pass of {} rows cannot verify {} drafts; raise --prefill-chunk to {} or lower the horizon to {}", o.pass_rows,
-                plan.most_drafts, plan.most_drafts + 1, (o.pass_rows - 1) / 2);
+    throw Error("a pass of {} rows cannot verify {} drafts; raise --prefill-chunk to {} or lower the horizon to {}",
+                o.pass_rows, plan.most_drafts, plan.most_drafts + 1, (o.pass_rows - 1) / 2);
   }
   plan.logit_rows = std::min(o.pass_rows, o.max_sequences * (1 + plan.most_drafts));
-  // A decoding sequence's tail reaches from the last page border that is folded and stored, two verifications back at most.
+  // A decoding sequence's tail reaches from the last page border that is folded and stored, two verifications back at
+  // most.
   plan.decode_sets = (kPageTokens - 1 + 3 * (plan.most_drafts + 1)) / kPageTokens + 2;
   const int chunk_sets = pages_for(o.pass_rows) + 1;
   plan.sequence_sets = plan.decode_sets + 2 * chunk_sets;
@@ -39,8 +46,10 @@ MemoryPlan fixed_sizes(const Transformer& model, const Compressor* compressor, c
     plan.activation_bytes += model.activation_bytes(o.max_sequences, o.max_sequences);
   }
   if (compressor != nullptr && compressor->query_window() > 0) {
-    const size_t row = static_cast<size_t>(config.heads) * (static_cast<size_t>(shape.key_dim()) * sizeof(bf16) + sizeof(float));
-    plan.query_window_bytes = aligned(row * static_cast<size_t>(compressor->query_window()) * static_cast<size_t>(shape.layers));
+    const size_t row =
+        static_cast<size_t>(config.heads) * (static_cast<size_t>(shape.key_dim()) * sizeof(bf16) + sizeof(float));
+    plan.query_window_bytes =
+        aligned(row * static_cast<size_t>(compressor->query_window()) * static_cast<size_t>(shape.layers));
   }
   return plan;
 }
@@ -51,7 +60,8 @@ int resident_pages_for(const Compressor& compressor, int tokens, const KvShape& 
   return pages_for(compressor.kept_tokens(tokens)) * shape.layers * shape.kv_heads;
 }
 
-MemoryPlan plan_memory(const Transformer& model, const Compressor* compressor, const EngineOptions& o, size_t available) {
+MemoryPlan plan_memory(const Transformer& model, const Compressor* compressor, const EngineOptions& o,
+                       size_t available) {
   const KvShape shape = model.kv_shape();
   MemoryPlan plan = fixed_sizes(model, compressor, o);
   const size_t sequences = static_cast<size_t>(o.max_sequences);
@@ -64,8 +74,11 @@ MemoryPlan plan_memory(const Transformer& model, const Compressor* compressor, c
   plan.full_on_device = full_mode && fixed + full_sequence <= available;
   plan.streaming = full_mode && !plan.full_on_device;
   if (plan.streaming && o.horizon != 0) {
-    throw Error("the full KV of {} tokens needs {:.1f} MB of device memory and {:.1f} MB are left: compressor 'none' cannot draft there; "
-                "choose another compressor, or --horizon 0 to stream the full KV", plan.max_len, megabytes(fixed + full_sequence), megabytes(available));
+    throw Error(
+        "the full KV of {} tokens needs {:.1f} MB of device memory and {:.1f} MB are left: compressor 'none' cannot "
+        "draft there; "
+        "choose another compressor, or --horizon 0 to stream the full KV",
+        plan.max_len, megabytes(fixed + full_sequence), megabytes(available));
   }
 
   size_t head_page = 0;
@@ -82,10 +95,13 @@ MemoryPlan plan_memory(const Transformer& model, const Compressor* compressor, c
   const size_t staging = plan.full_on_device ? 0 : aligned(slot_bytes);
   const size_t least = fixed + staging + aligned(sequence_bytes);
   if (least > available) {
-    throw Error("device memory: one sequence of {} tokens needs {:.1f} MB beside the weights ({:.1f} activations, {:.1f} tail, {:.1f} staging, "
-                "{:.1f} resident KV) and {:.1f} MB are left; raise --device-memory by {:.1f} MB, or lower --max-model-len, --prefill-chunk or --ring-layers",
-                plan.max_len, megabytes(least), megabytes(plan.activation_bytes), megabytes(plan.tail_bytes), megabytes(staging),
-                megabytes(sequence_bytes), megabytes(available), megabytes(least - available + 1000000));
+    throw Error(
+        "device memory: one sequence of {} tokens needs {:.1f} MB beside the weights ({:.1f} activations, {:.1f} tail, "
+        "{:.1f} staging, "
+        "{:.1f} resident KV) and {:.1f} MB are left; raise --device-memory by {:.1f} MB, or lower --max-model-len, "
+        "--prefill-chunk or --ring-layers",
+        plan.max_len, megabytes(least), megabytes(plan.activation_bytes), megabytes(plan.tail_bytes),
+        megabytes(staging), megabytes(sequence_bytes), megabytes(available), megabytes(least - available + 1000000));
   }
   size_t left = (available - fixed - staging) / kBlockAlignment * kBlockAlignment;
   if (head_page > 0) {
@@ -105,8 +121,8 @@ MemoryPlan plan_memory(const Transformer& model, const Compressor* compressor, c
       extents = std::min(extents, o.host_memory / extent);
     }
     if (extents < sequence_extents) {
-      throw Error("host memory: the full KV of {} tokens needs {:.1f} MB; raise --host-memory or lower --max-model-len", plan.max_len,
-                  megabytes(sequence_extents * extent));
+      throw Error("host memory: the full KV of {} tokens needs {:.1f} MB; raise --host-memory or lower --max-model-len",
+                  plan.max_len, megabytes(sequence_extents * extent));
     }
     plan.host_extents = static_cast<int>(extents);
     plan.host_bytes = extents * extent;

@@ -29,8 +29,10 @@ struct MemoryPlan {
   size_t host_bytes = 0;
 };
 
-// Error, naming the least budget that works, if `available` device bytes or the host budget cannot hold one sequence of max_len.
-MemoryPlan plan_memory(const Transformer& model, const Compressor* compressor, const EngineOptions& options, size_t available);
+// Error, naming the least budget that works, if `available` device bytes or the host budget cannot hold one sequence of
+// max_len.
+MemoryPlan plan_memory(const Transformer& model, const Compressor* compressor, const EngineOptions& options,
+                       size_t available);
 
 // Head pages of resident KV that a sequence of `tokens` tokens needs at most.
 int resident_pages_for(const Compressor& compressor, int tokens, const KvShape& shape);

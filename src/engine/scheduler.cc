@@ -12,7 +12,9 @@ void Scheduler::enqueue(SeqId id, const Needs& needs) {
   waiting_.push_back({id, needs});
 }
 
-void Scheduler::update(SeqId id, const Load& load) { running_.at(id).load = load; }
+void Scheduler::update(SeqId id, const Load& load) {
+  running_.at(id).load = load;
+}
 
 void Scheduler::remove(SeqId id) {
   if (const auto running = running_.find(id); running != running_.end()) {
@@ -39,7 +41,7 @@ StepPlan Scheduler::next(const Usage& usage) {
   StepPlan plan;
   admit(plan);
   if (usage.open_passes < limits_.open_passes) {
-    open_pass(plan);
+    open_pass(usage, plan);
   }
   for (const auto& [id, sequence] : running_) {
     if (limits_.drafting && sequence.load.backlog == 1 && sequence.load.drafted < draft_limit(sequence)) {
@@ -67,13 +69,14 @@ void Scheduler::admit(StepPlan& plan) {
   }
 }
 
-// While its own verification is on the wire a sequence drafts on: those drafts stay valid when all before them is accepted.
+// While its own verification is on the wire a sequence drafts on: those drafts stay valid when all before them is
+// accepted.
 int Scheduler::draft_limit(const Running& sequence) const {
   const int reach = sequence.in_pass ? 2 * sequence.load.horizon : sequence.load.horizon;
   return std::min(reach, sequence.load.most_drafts);
 }
 
-void Scheduler::open_pass(StepPlan& plan) {
+void Scheduler::open_pass(const Usage& usage, StepPlan& plan) {
   std::vector<std::pair<SeqId, Running*>> decoding;
   std::vector<std::pair<SeqId, Running*>> prefilling;
   int least_missing = INT32_MAX;  // drafts until the first of the others is ready
@@ -90,15 +93,18 @@ void Scheduler::open_pass(StepPlan& plan) {
     any_ready = any_ready || ready(sequence.load);
     least_missing = std::min(least_missing, sequence.load.horizon - sequence.load.drafted);
   }
-  // The wire never idles: with nobody ready, it begins to bring the residuals of those who will be first.
-  const bool early = !any_ready && prefilling.empty() && limits_.staging_pages > 0;
-  std::stable_sort(decoding.begin(), decoding.end(), [](const auto& a, const auto& b) { return a.second->turn < b.second->turn; });
+  // The wire never idles: with nobody ready, it begins to bring the residuals of those who will be first. Not behind
+  // another pass, which would have to start before its own members are ready.
+  const bool early = !any_ready && prefilling.empty() && limits_.staging_pages > 0 && usage.open_passes == 0;
+  std::stable_sort(decoding.begin(), decoding.end(),
+                   [](const auto& a, const auto& b) { return a.second->turn < b.second->turn; });
 
   int rows_left = limits_.pass_rows;
   int logit_rows_left = limits_.logit_rows;
   int staging_left = limits_.staging_pages;
   const auto take = [&](SeqId id, Running& sequence, int rows, int logit_rows, PassMember member) {
-    if (rows > rows_left || logit_rows > logit_rows_left || (limits_.staging_pages > 0 && sequence.load.past_pages > staging_left)) {
+    if (rows > rows_left || logit_rows > logit_rows_left ||
+        (limits_.staging_pages > 0 && sequence.load.past_pages > staging_left)) {
       return;
     }
     rows_left -= rows;
@@ -106,15 +112,29 @@ void Scheduler::open_pass(StepPlan& plan) {
     staging_left -= sequence.load.past_pages;
     sequence.in_pass = true;
     member.id = id;
+    member.past_pages = sequence.load.past_pages;
     plan.pass.push_back(member);
   };
+  // A prompt that has waited longer than all who are ready has its share first: they could fill every pass.
+  const bool held = !prefilling.empty() && std::none_of(decoding.begin(), decoding.end(), [&](const auto& other) {
+    return ready(other.second->load) && other.second->turn < prefilling.front().second->turn;
+  });
+  const int held_rows =
+      held ? std::min(prefilling.front().second->load.backlog, std::max(1, limits_.pass_rows / 4)) : 0;
+  const int held_staging = held ? prefilling.front().second->load.past_pages : 0;
+  rows_left -= held_rows;
+  logit_rows_left -= held ? 1 : 0;
+  staging_left -= held_staging;
   for (auto& [id, sequence] : decoding) {
     const int missing = sequence->load.horizon - sequence->load.drafted;
     if (ready(sequence->load) || (early && missing <= least_missing + sequence->load.horizon / 4)) {
-      const int most_rows = 1 + std::min(2 * sequence->load.horizon, sequence->load.most_drafts);
-      take(id, *sequence, most_rows, most_rows, {.rows = 1, .decides = true});
+      const int most_drafts = std::clamp(2 * sequence->load.horizon, 0, std::max(0, sequence->load.most_drafts));
+      take(id, *sequence, 1 + most_drafts, 1 + most_drafts, {.rows = 1, .decides = true, .most_drafts = most_drafts});
     }
   }
+  rows_left += held_rows;
+  logit_rows_left += held ? 1 : 0;
+  staging_left += held_staging;
   for (auto& [id, sequence] : prefilling) {
     const int rows = std::min(sequence->load.backlog, rows_left);
     const bool decides = rows == sequence->load.backlog;

@@ -1,5 +1,5 @@
-// Scheduler: who is admitted, who drafts, who stands in the next full pass. Pure: it sees counts, never a clock, a device or a tensor.
-// Called from the engine's thread.
+// Scheduler: who is admitted, who drafts, who stands in the next full pass. Pure: it sees counts, never a clock, a
+// device or a tensor. Called from the engine's thread.
 #pragma once
 
 #include <cstddef>
@@ -15,13 +15,13 @@ using SeqId = uint64_t;
 // What there is to share out; fixed at start.
 struct SchedulerLimits {
   int max_sequences = 1;
-  int pass_rows = 512;        // rows of one full pass
-  int logit_rows = 512;       // rows of one pass that may decide tokens
-  int staging_pages = 0;      // full-KV pages of one layer that a pass may have staged; 0 = nothing crosses the wire
-  int resident_pages = 0;     // head pages of resident KV
-  int host_extents = 0;       // extents of the host tier
-  int open_passes = 2;        // passes opened at once: one computes, the wire brings the next
-  bool drafting = true;       // false: full-KV mode, every pass decides one token a sequence
+  int pass_rows = 512;     // rows of one full pass
+  int logit_rows = 512;    // rows of one pass that may decide tokens
+  int staging_pages = 0;   // full-KV pages of one layer that a pass may have staged; 0 = nothing crosses the wire
+  int resident_pages = 0;  // head pages of resident KV
+  int host_extents = 0;    // extents of the host tier
+  int open_passes = 2;     // passes opened at once: one computes, the wire brings the next
+  bool drafting = true;    // false: full-KV mode, every pass decides one token a sequence
 };
 
 // What a sequence will need at most; reserved when it is admitted, so that nothing can run out under way.
@@ -43,6 +43,8 @@ struct PassMember {
   SeqId id = 0;
   int rows = 0;          // backlog rows to feed; a member whose backlog ends in this pass also brings its drafts
   bool decides = false;  // its backlog ends in this pass
+  int most_drafts = 0;   // drafts that there is room for in the pass
+  int past_pages = 0;    // full-KV pages that there is room for in staging; more may be stored by the time it opens
   friend bool operator==(const PassMember&, const PassMember&) = default;
 };
 
@@ -64,7 +66,7 @@ class Scheduler {
   // Waits until admitted, first come, first served. Needs above the limits are the caller's to refuse.
   void enqueue(SeqId id, const Needs& needs);
   void update(SeqId id, const Load& load);
-  void remove(SeqId id);  // waiting or running; a running one must stand in no open pass
+  void remove(SeqId id);     // waiting or running; a running one must stand in no open pass
   void pass_done(SeqId id);  // the pass in which it stood is over
   StepPlan next(const Usage& usage);
 
@@ -88,7 +90,7 @@ class Scheduler {
     uint64_t turn = 0;  // when it last left a pass; the longest unserved goes first
   };
   void admit(StepPlan& plan);
-  void open_pass(StepPlan& plan);
+  void open_pass(const Usage& usage, StepPlan& plan);
   int draft_limit(const Running& sequence) const;
 
   SchedulerLimits limits_;

@@ -7,11 +7,15 @@ namespace vericache {
 
 QueryWindow::QueryWindow(std::byte* memory, int capacity, int row_queries, int heads)
     : q_(reinterpret_cast<bf16*>(memory)),
-      log_sum_exp_(reinterpret_cast<float*>(memory + static_cast<size_t>(capacity) * static_cast<size_t>(row_queries) * sizeof(bf16))),
-      capacity_(capacity), row_queries_(row_queries), heads_(heads) {}
+      log_sum_exp_(reinterpret_cast<float*>(memory + static_cast<size_t>(capacity) * static_cast<size_t>(row_queries) *
+                                                         sizeof(bf16))),
+      capacity_(capacity),
+      row_queries_(row_queries),
+      heads_(heads) {}
 
 size_t QueryWindow::bytes(int capacity, int row_queries, int heads) {
-  return static_cast<size_t>(capacity) * (static_cast<size_t>(row_queries) * sizeof(bf16) + static_cast<size_t>(heads) * sizeof(float));
+  return static_cast<size_t>(capacity) *
+         (static_cast<size_t>(row_queries) * sizeof(bf16) + static_cast<size_t>(heads) * sizeof(float));
 }
 
 void QueryWindow::append(const bf16* q, const float* log_sum_exp, int rows, int position) {
@@ -24,12 +28,15 @@ void QueryWindow::append(const bf16* q, const float* log_sum_exp, int rows, int 
   const int dropped = std::max(0, kept + taken - capacity_);
   kept -= dropped;
   const auto shift = [&](auto* rows_of, int width) {
-    std::memmove(rows_of, rows_of + static_cast<ptrdiff_t>(dropped) * width, sizeof(*rows_of) * static_cast<size_t>(kept) * static_cast<size_t>(width));
+    std::memmove(rows_of, rows_of + static_cast<ptrdiff_t>(dropped) * width,
+                 sizeof(*rows_of) * static_cast<size_t>(kept) * static_cast<size_t>(width));
   };
   shift(q_, row_queries_);
   shift(log_sum_exp_, heads_);
-  std::copy_n(q + static_cast<ptrdiff_t>(rows - taken) * row_queries_, static_cast<ptrdiff_t>(taken) * row_queries_, q_ + static_cast<ptrdiff_t>(kept) * row_queries_);
-  std::copy_n(log_sum_exp + static_cast<ptrdiff_t>(rows - taken) * heads_, static_cast<ptrdiff_t>(taken) * heads_, log_sum_exp_ + static_cast<ptrdiff_t>(kept) * heads_);
+  std::copy_n(q + static_cast<ptrdiff_t>(rows - taken) * row_queries_, static_cast<ptrdiff_t>(taken) * row_queries_,
+              q_ + static_cast<ptrdiff_t>(kept) * row_queries_);
+  std::copy_n(log_sum_exp + static_cast<ptrdiff_t>(rows - taken) * heads_, static_cast<ptrdiff_t>(taken) * heads_,
+              log_sum_exp_ + static_cast<ptrdiff_t>(kept) * heads_);
   rows_ = kept + taken;
   position_ = first - kept;
 }

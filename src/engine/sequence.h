@@ -1,4 +1,5 @@
-// Sequence: one request under way: its tokens, its drafts, and its KV in all its places. Owned and changed by the engine's thread.
+// Sequence: one request under way: its tokens, its drafts, and its KV in all its places. Owned and changed by the
+// engine's thread.
 #pragma once
 
 #include <memory>
@@ -26,7 +27,7 @@ class QueryWindow {
   Attended attended(int heads, float scale) const;
 
  private:
-  bf16* q_;               // (capacity, row_queries)
+  bf16* q_;             // (capacity, row_queries)
   float* log_sum_exp_;  // (capacity, heads)
   int capacity_;
   int row_queries_;  // heads * key_dim
@@ -39,18 +40,19 @@ class QueryWindow {
 //             | resident  | tail: verified KV | tail: drafted KV        |
 //  full KV    0 ..... stored (host) | tail    |
 //
-// verified = tokens.size() - 1 while decoding: the last decided token is fed by the next pass. folded and stored are multiples of 64.
+// verified = tokens.size() - 1 while decoding: the last decided token is fed by the next pass. folded and stored are
+// multiples of 64.
 struct Sequence {
   SeqId id = 0;
   Request request;
   int prompt_tokens = 0;
-  int max_tokens = 0;  // decided tokens at most, within the context
-  std::vector<TokenId> tokens;   // prompt and decided
-  std::vector<TokenId> drafted;  // not judged yet
-  int verified = 0;              // tokens whose full KV is computed
-  int folded = 0;                // tokens that the resident part stands for
+  int max_tokens = 0;             // decided tokens at most, within the context
+  std::vector<TokenId> tokens;    // prompt and decided
+  std::vector<TokenId> drafted;   // not judged yet
+  int verified = 0;               // tokens whose full KV is computed
+  int folded = 0;                 // tokens that the resident part stands for
   std::vector<int> resident_end;  // (layers): the same, per layer, while a pass moves from layer to layer
-  int storing = 0;               // pages handed to the wire for the host tier
+  int storing = 0;                // pages handed to the wire for the host tier
   bool in_pass = false;
   int pass_end = 0;  // behind the last row of the pass that computes it now; 0 = none does
   bool cancelled = false;

@@ -18,20 +18,23 @@ class Throttle {
     }
     using Clock = std::chrono::steady_clock;
     const Clock::time_point now = Clock::now();
-    // Time the worker itself took since its last transfer ended counts as carrying, except when it idled.
+    // Time the worker itself took since it turned to this transfer counts as carrying; time in which it idled does not.
     const Clock::time_point start = begin_ > free_at_ ? begin_ : free_at_;
     free_at_ = start + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds_per_byte_ * static_cast<double>(bytes)));
+    late_ = {};
     if (free_at_ > now) {
       std::this_thread::sleep_until(free_at_);
+      late_ = Clock::now() - free_at_;
     }
   }
-  // The worker turns to a new piece of work.
-  void begin() { begin_ = std::chrono::steady_clock::now(); }
+  // The worker turns to a new piece of work. A link would have done so earlier by what the last sleep took too long.
+  void begin() { begin_ = std::chrono::steady_clock::now() - late_; }
 
  private:
   double seconds_per_byte_;
   std::chrono::steady_clock::time_point begin_{};
   std::chrono::steady_clock::time_point free_at_{};
+  std::chrono::steady_clock::duration late_{};
 };
 
 }  // namespace vericache

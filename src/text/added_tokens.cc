@@ -109,8 +109,7 @@ void AddedTokens::cut(const Piece& piece, const StringTrie& trie, std::vector<Pi
       const bool joins_right = end < text.size() && word_character_->matches_code_point(text, end);
       if (joins_left || joins_right) continue;
     }
-    if (token.lstrip) begin = white_space_begin(text, begin, std::min(begin, taken));
-    if (token.lstrip) begin = std::max(begin, taken);
+    if (token.lstrip) begin = std::max(taken, white_space_begin(text, begin, std::min(begin, taken)));
     if (token.rstrip) {
       if (end < spaces_from || end > known_spaces) {
         spaces_from = end;
@@ -118,6 +117,7 @@ void AddedTokens::cut(const Piece& piece, const StringTrie& trie, std::vector<Pi
       }
       end = known_spaces;
     }
+    if (begin >= end) continue;  // it lies in the white space that the token before it took
     emit(taken, begin, kNoToken);
     emit(begin, end, token.id);
     taken = end;

@@ -55,7 +55,7 @@ Outcome run(const char* compressor, EngineOptions options, const std::vector<std
         size_t budget = size_t{1} << 40) {
   LoadedModel& loaded = small_model();
   std::unique_ptr<Device> device = make_cpu_device(budget);
-  Engine engine(*loaded.model, *loaded.kernels, *device, compressor ? make_compressor(compressor) : nullptr, options);
+  Engine engine(*loaded.model, *device, compressor ? make_compressor(compressor) : nullptr, options);
   Outcome result;
   result.answers.resize(prompts.size());
   for (size_t i = 0; i < prompts.size(); ++i) {
@@ -138,7 +138,7 @@ TEST(Engine, CorruptedBlocksAreRecomputedNeverAnswered) {
   EngineOptions options = full_mode();
   options.horizon = 8;
   options.max_sequences = 2;
-  options.inject_corruption_every = 61;
+  options.inject_corruption_every = 59;
   const Outcome corrupted = run("kivi:bits=4", options, prompts(), 30, 0.0f);
   EXPECT_GT(corrupted.stats.corrupt_blocks, 0);
   EXPECT_GT(corrupted.stats.recomputed_tokens, 0);

@@ -32,9 +32,9 @@ size_t at(int rows, int columns) {
   return static_cast<size_t>(rows) * static_cast<size_t>(columns);
 }
 
-void prefetch(const std::byte* data, size_t bytes) {
+[[gnu::always_inline]] inline void prefetch(const std::byte* data, size_t bytes) {
   for (size_t i = 0; i < bytes; i += 64) {
-    __builtin_prefetch(data + i);
+    prefetch_line(data + i);
   }
 }
 
@@ -192,21 +192,25 @@ const std::byte* Attention::bf16_page(const KvView& view, int head, int page, co
   if (view.format.exact()) {
     return source;
   }
+  const bool last = (page + 1) * kPageTokens >= tokens_of(view, head);
+  const std::byte* next = last ? nullptr : view.head_page(head, page + 1);
+  const size_t key_bytes = key_page_bytes(view.format.key_bits, shape);
   bf16* out = scratch().page.data();
   const size_t keys = at(kPageTokens, shape.key_dim());
   if (view.format.key_bits == 16) {
     std::memcpy(out, source, keys * sizeof(bf16));
   } else {
-    ops_.quant->dequantize(source, view.format.key_bits, kPageTokens / kPanel, shape.key_dim() / 2, out);
+    ops_.quant->dequantize(source, view.format.key_bits, kPageTokens / kPanel, shape.key_dim() / 2, out, next);
   }
-  const std::byte* values = source + key_page_bytes(view.format.key_bits, shape);
+  const std::byte* values = source + key_bytes;
   if (!needs_values) {
     return reinterpret_cast<const std::byte*>(out);
   }
   if (view.format.value_bits == 16) {
     std::memcpy(out + keys, values, at(kPageTokens, shape.head_dim) * sizeof(bf16));
   } else {
-    ops_.quant->dequantize(values, view.format.value_bits, shape.head_dim / kPanel, kPageTokens / 2, out + keys);
+    ops_.quant->dequantize(values, view.format.value_bits, shape.head_dim / kPanel, kPageTokens / 2, out + keys,
+                           last ? nullptr : next + key_bytes);
   }
   return reinterpret_cast<const std::byte*>(out);
 }
@@ -224,7 +228,8 @@ void Attention::run_page(const AttentionArgs& args, const AttentionBlock& block,
   const bf16* values = keys + at(kPageTokens, shape.key_dim());
   const int key_pairs = shape.key_dim() / 2;
 
-  // The next page comes from memory meanwhile: with few rows as the product goes, with many a part per chunk.
+  // The next page comes from memory meanwhile: with few rows as the product goes, with many a part per chunk; a
+  // quantized page has fetched the next already.
   const std::byte* next = page_of(block, page + 1);
   const KvFormat next_format = page + 1 < block.past_pages ? view.format : KvFormat{};
   const bool as_product_goes = stacked <= kChunkRows && view.format.exact() && next_format.exact() && next != nullptr;
@@ -234,7 +239,7 @@ void Attention::run_page(const AttentionArgs& args, const AttentionBlock& block,
 
   for (int first = 0; first < stacked; first += kChunkRows) {
     const int rows = std::min(kChunkRows, stacked - first);
-    if (next != nullptr && !as_product_goes) {
+    if (next != nullptr && !as_product_goes && (view.format.exact() || next_format.exact())) {
       prefetch(next + static_cast<size_t>(first) * bytes_per_row, static_cast<size_t>(rows) * bytes_per_row);
     }
     const SoftmaxRows chunk{state.max + first, state.sum + at(first, kSumLanes), state.acc + at(first, shape.head_dim),

@@ -323,12 +323,12 @@ void CpuKernels::dequantize_head_page(const std::byte* source, const KvShape& sh
   if (format.key_bits == 16) {
     std::memcpy(keys, source, key_page_bytes(16, shape));
   } else {
-    ops_.quant->dequantize(source, format.key_bits, kPageTokens / kPanel, shape.key_dim() / 2, keys);
+    ops_.quant->dequantize(source, format.key_bits, kPageTokens / kPanel, shape.key_dim() / 2, keys, nullptr);
   }
   if (format.value_bits == 16) {
     std::memcpy(values, source_values, value_page_bytes(16, shape));
   } else {
-    ops_.quant->dequantize(source_values, format.value_bits, shape.head_dim / kPanel, kPageTokens / 2, values);
+    ops_.quant->dequantize(source_values, format.value_bits, shape.head_dim / kPanel, kPageTokens / 2, values, nullptr);
   }
 }
 

@@ -47,9 +47,10 @@ inline __m512i load_bytes(const std::byte* p) {
   return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 
-void dequantize_4(const std::byte* source, int panels, int pairs, bf16* out) {
+void dequantize_4(const std::byte* source, int panels, int pairs, bf16* out, const std::byte* next) {
   const std::byte* scales = source + static_cast<size_t>(panels * pairs) * kPanel;
   for (int pair = 0; pair < pairs; ++pair) {
+    prefetch_pair(next, 4, panels, pairs, pair);
     const __m512i table = pair_table(scales, pair);
     for (int panel = 0; panel < panels; ++panel) {
       const size_t row = static_cast<size_t>(panel * pairs + pair);
@@ -59,9 +60,10 @@ void dequantize_4(const std::byte* source, int panels, int pairs, bf16* out) {
   }
 }
 
-void dequantize_2(const std::byte* source, int panels, int pairs, bf16* out) {
+void dequantize_2(const std::byte* source, int panels, int pairs, bf16* out, const std::byte* next) {
   const std::byte* scales = source + static_cast<size_t>(panels * pairs) * kPanel / 2;
   for (int pair = 0; pair < pairs; pair += 2) {
+    prefetch_pair(next, 2, panels, pairs, pair);
     const __m512i table = pair_table(scales, pair);
     const __m512i next_table = pair_table(scales, pair + 1);
     for (int panel = 0; panel < panels; ++panel) {
@@ -76,11 +78,11 @@ void dequantize_2(const std::byte* source, int panels, int pairs, bf16* out) {
 
 }  // namespace
 
-bool dequantize_by_table(const std::byte* source, int bits, int panels, int pairs, bf16* out) {
+bool dequantize_by_table(const std::byte* source, int bits, int panels, int pairs, bf16* out, const std::byte* next) {
   if (bits == 4) {
-    dequantize_4(source, panels, pairs, out);
+    dequantize_4(source, panels, pairs, out, next);
   } else if (bits == 2) {
-    dequantize_2(source, panels, pairs, out);
+    dequantize_2(source, panels, pairs, out, next);
   }
   return bits == 4 || bits == 2;
 }

@@ -28,10 +28,6 @@ size_t code_offset(int bits, int row) {
   return bits == 8 ? static_cast<size_t>(row) * 32 : static_cast<size_t>(bits == 4 ? row : row / 2) * 16;
 }
 
-size_t code_bytes(int bits, int panels, int pairs) {
-  return static_cast<size_t>(panels * pairs) * 4 * static_cast<size_t>(bits);
-}
-
 // The smallest bf16 that is not below x, for x >= 0; NaN stays NaN.
 bf16 round_up(float x) {
   const bf16 below{static_cast<uint16_t>(std::bit_cast<uint32_t>(x) >> 16)};
@@ -155,9 +151,9 @@ HWY_INLINE Words decode(Words code, const Affine& affine) {
   return round_finite_to_bf16(hn::MulAdd(step, hn::Set(d, affine.scale), hn::Set(d, affine.minimum)));
 }
 
-void dequantize(const std::byte* source, int bits, int panels, int pairs, bf16* out) {
+void dequantize(const std::byte* source, int bits, int panels, int pairs, bf16* out, const std::byte* next) {
 #if HWY_TARGET == HWY_AVX3
-  if (dequantize_by_table(source, bits, panels, pairs, out)) {
+  if (dequantize_by_table(source, bits, panels, pairs, out, next)) {
     return;
   }
 #endif
@@ -165,6 +161,7 @@ void dequantize(const std::byte* source, int bits, int panels, int pairs, bf16* 
   const std::byte* scales = source + code_bytes(bits, panels, pairs);
   const Words mask = hn::Set(du, (1u << bits) - 1);
   for (int pair = 0; pair < pairs; ++pair) {
+    prefetch_pair(next, bits, panels, pairs, pair);
     const Affine first = read_affine(scales, 2 * pair);
     const Affine second = read_affine(scales, 2 * pair + 1);
     for (int panel = 0; panel < panels; ++panel) {

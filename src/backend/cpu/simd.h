@@ -20,11 +20,16 @@ inline constexpr int kMaxHeadDim = 512;
 using PanelProduct = void (*)(const bf16* a, size_t lda, int rows, const bf16* b, size_t panel_stride, int k_pairs,
                               int panels, float* c, size_t ldc, bool accumulate, const bf16* next);
 
+// Inlined by force: GCC takes a function that only fetches ahead for one without effect and drops its calls.
+[[gnu::always_inline]] inline void prefetch_line(const void* at) {
+  __builtin_prefetch(at);
+}
+
 // For implementations whose inner loop does not fetch `next` itself.
-inline void prefetch_panels(const bf16* next, size_t panel_stride, int k_pairs, int panels) {
+[[gnu::always_inline]] inline void prefetch_panels(const bf16* next, size_t panel_stride, int k_pairs, int panels) {
   for (int p = 0; next != nullptr && p < panels; ++p) {
     for (int k = 0; k < k_pairs; ++k) {
-      __builtin_prefetch(next + static_cast<size_t>(p) * panel_stride + k * 2 * kPanel);
+      prefetch_line(next + static_cast<size_t>(p) * panel_stride + k * 2 * kPanel);
     }
   }
 }
@@ -57,6 +62,23 @@ struct RowOps {
                     float* mass);
 };
 
+inline size_t code_bytes(int bits, int panels, int pairs) {
+  return static_cast<size_t>(panels * pairs) * 4 * static_cast<size_t>(bits);
+}
+
+// Fetches what the rows of one pair will need of `next`, once per cache line.
+[[gnu::always_inline]] inline void prefetch_pair(const std::byte* next, int bits, int panels, int pairs, int pair) {
+  if (next == nullptr) {
+    return;
+  }
+  for (int panel = 0; panel < panels && pair % (16 / bits) == 0; ++panel) {
+    prefetch_line(next + code_bytes(bits, 1, panel * pairs + pair));
+  }
+  if (pair % 8 == 0) {
+    prefetch_line(next + code_bytes(bits, panels, pairs) + static_cast<size_t>(pair) * 8);
+  }
+}
+
 // One part (K or V) of a head page: `panels` panels of `pairs` rows of 16 lanes of two values; scale and minimum per
 // value index of a pair. Layouts: kv_view.h.
 struct QuantOps {
@@ -64,7 +86,8 @@ struct QuantOps {
   // are zero.
   void (*quantize)(const bf16* source, int bits, int panels, int pairs, int lane_limit, int value_limit,
                    std::byte* out);
-  void (*dequantize)(const std::byte* source, int bits, int panels, int pairs, bf16* out);
+  // `next`, if not null, is the part that will be read after this one; it is fetched as the work goes.
+  void (*dequantize)(const std::byte* source, int bits, int panels, int pairs, bf16* out, const std::byte* next);
 };
 
 PanelProduct simd_product(Isa isa);  // portable, avx2, avx512
@@ -74,7 +97,7 @@ bool amx_permitted();  // asks the kernel for tile data, once per process
 
 const RowOps& row_ops(Isa isa);
 const QuantOps& quant_ops(Isa isa);
-bool dequantize_by_table(const std::byte* source, int bits, int panels, int pairs,
-                         bf16* out);  // AVX-512; false: not for these bits
+// AVX-512; false: not for these bits.
+bool dequantize_by_table(const std::byte* source, int bits, int panels, int pairs, bf16* out, const std::byte* next);
 
 }  // namespace vericache

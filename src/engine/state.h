@@ -1,0 +1,79 @@
+// Engine::State: what an engine owns, and the units of work that its step chooses from. engine.cc: requests and memory;
+// lanes.cc: passes and draft steps; rounds.cc: what follows a pass. All of it on the engine's thread.
+#pragma once
+
+#include <chrono>
+#include <deque>
+#include <map>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "engine/engine.h"
+#include "engine/full_pass.h"
+#include "engine/memory_plan.h"
+#include "engine/pass_cost.h"
+#include "engine/sequence.h"
+#include "kv/wire.h"
+
+namespace vericache {
+
+class Stopwatch {
+ public:
+  double seconds() const { return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin_).count(); }
+
+ private:
+  std::chrono::steady_clock::time_point begin_ = std::chrono::steady_clock::now();
+};
+
+struct Engine::State {
+  State(const Transformer& model, Device& device, std::unique_ptr<Compressor> compressor, const EngineOptions& options);
+
+  SeqId submit(Request request);
+  bool step();
+
+  // One unit of work each.
+  bool advance_pass();
+  bool draft(std::span<const SeqId> ids);
+
+  void admit(SeqId id);
+  void open_pass(std::span<const PassMember> members);
+  void start_pass(FullPass& pass);
+  bool may_grow(const Sequence& sequence, int end) const;
+  void finish_pass(FullPass& pass);
+  void judge(const FullPassMember& member, int first_logit_row);
+  bool decide(Sequence& sequence, TokenId token, uint64_t logits_hash);
+  void fold(const FullPassMember& member);
+  void restart(Sequence& sequence);
+  void report_cost(FullPassMember& member, int accepted, int deciders, double wire_seconds);
+  void progress(Sequence& sequence);
+  void reap();
+  void update_load(const Sequence& sequence);
+  void note_peaks();
+
+  const Transformer& model;
+  Device& device;
+  std::unique_ptr<Compressor> compressor;
+  EngineOptions options;
+  MemoryPlan plan;
+  KvShape shape;
+  std::unique_ptr<Device> host;  // the host tier's memory
+  std::unique_ptr<PagePool> tail_pool;
+  std::unique_ptr<PagePool> resident_pool;
+  std::unique_ptr<PagePool> host_pool;
+  std::unique_ptr<PagePool> window_pool;
+  Activations pass_activations;
+  Activations draft_activations;
+  std::unique_ptr<Scheduler> scheduler;
+  std::map<SeqId, std::unique_ptr<Sequence>> sequences;  // waiting and running
+  std::deque<std::unique_ptr<FullPass>> passes;          // open, in order; the first computes
+  std::vector<DecidedToken> decided;                     // by the member that is being judged
+  SeqId next_id = 1;
+  EngineStats stats;
+  double pass_seconds = 0;       // compute time of the pass in progress
+  double draft_row_seconds = 0;  // of one draft step per row, smoothed
+  PassCost decode_cost;
+  std::unique_ptr<Wire> wire;  // last: its workers end before what they read and write
+};
+
+}  // namespace vericache
