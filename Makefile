@@ -7,7 +7,7 @@ MAKEFLAGS += --no-print-directory
 
 MODEL ?= vericode-26m
 DOCUMENT ?= examples/tool-calls-8k.txt
-RUN_FLAGS ?= --compressor kivi:bits=4 --max-tokens 512 --compare-full
+RUN_FLAGS ?= --compressor kivi:bits=4 --max-tokens 640 --compare-full
 FUZZ_SECONDS ?= 60
 
 # TSan watches the rooms that have threads; ASan and UBSan watch every room. Property tests run fewer cases there.

@@ -57,6 +57,7 @@ struct Result {
   template <typename Value>
   std::vector<double> sorted(const Value& value) const {
     std::vector<double> values;
+    values.reserve(samples.size());
     for (const Sample& sample : samples) {
       values.push_back(value(sample));
     }

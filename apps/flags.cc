@@ -16,10 +16,11 @@ namespace {
 constexpr int kMostHorizon = 512;
 
 CLI::Option* add_bytes(CLI::App& command, const std::string& flag, size_t& bytes, const std::string& text) {
-  return command
-      .add_option_function<std::string>(
-          flag, [flag, &bytes](const std::string& value) { bytes = parse_bytes(value, flag); }, text)
-      ->type_name("BYTES");
+  const CLI::callback_t parse = [flag, &bytes](const CLI::results_t& given) {
+    bytes = parse_bytes(given.back(), flag);
+    return true;
+  };
+  return command.add_option(flag, parse, text)->type_name("BYTES");
 }
 
 }  // namespace

@@ -107,12 +107,12 @@ struct Report {
     Comparison comparison;
   };
   std::optional<Full> full;
-
-  double speedup() const {
-    const double full_rate = full->generated.transcript.decode_tokens_per_second();
-    return full_rate == 0 ? 0 : generated.transcript.decode_tokens_per_second() / full_rate;
-  }
 };
+
+double speedup(const Generated& compressed, const Generated& full) {
+  const double full_rate = full.transcript.decode_tokens_per_second();
+  return full_rate == 0 ? 0 : compressed.transcript.decode_tokens_per_second() / full_rate;
+}
 
 void print_summary(const Report& report) {
   const Generated& g = report.generated;
@@ -142,7 +142,7 @@ void print_summary(const Report& report) {
     const Comparison& c = report.full->comparison;
     fmt::print(stderr, "full cache   {}: {} tokens, {:.1f} tokens/s; compressed is {:.2f}x as fast\n",
                c.identical() ? "identical, tokens and logits" : "DIFFERENT", c.tokens,
-               report.full->generated.transcript.decode_tokens_per_second(), report.speedup());
+               report.full->generated.transcript.decode_tokens_per_second(), speedup(g, report.full->generated));
     if (c.first) {
       fmt::print(stderr, "             {} of {} differ, first {}\n", c.mismatches, c.tokens, describe(*c.first));
     }
@@ -176,7 +176,9 @@ std::string json_report(const Report& report) {
         {"hash", fmt::format("{:016x}", report.full->generated.transcript.hash())},
         {"decode_tokens_per_second", report.full->generated.transcript.decode_tokens_per_second()},
         {"prefill_tokens_per_second", report.full->generated.transcript.prefill_tokens_per_second()},
-        {"speedup", report.speedup()},
+        {"speedup", speedup(g, report.full->generated)},
+        {"full_on_device", report.full->generated.stats.full_on_device},
+        {"wire_bytes_per_token", wire_bytes_per_token(report.full->generated.stats)},
         {"first_mismatch", c.first ? nlohmann::ordered_json(describe(*c.first)) : nlohmann::ordered_json()}};
   }
   return json.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";

@@ -54,7 +54,7 @@ void ModelSession::load(int max_rows, int max_context, ProgressLine& progress) {
   weights_ = load_weights(checkpoint, config_, *kernels_, *device_, max_context,
                           [&](size_t done, size_t total) { progress.show("loading", done, total); });
   progress.clear();
-  transformer_.emplace(config_, weights_, *kernels_);
+  transformer_ = std::make_unique<Transformer>(config_, weights_, *kernels_);
 }
 
 OpenEngine open_engine(ModelSession& session, const EngineOptions& options, size_t device_memory,
@@ -69,8 +69,7 @@ OpenEngine open_engine(ModelSession& session, const EngineOptions& options, size
   std::unique_ptr<Compressor> chosen = horizon == 0 ? nullptr : make_compressor(compressor);
   OpenEngine open;
   open.device = make_cpu_device(device_memory == 0 ? kUnlimited : device_memory - session.weight_bytes());
-  open.engine = std::make_unique<Engine>(session.transformer(), *open.device, std::move(chosen),
-                                         engine_options);
+  open.engine = std::make_unique<Engine>(session.transformer(), *open.device, std::move(chosen), engine_options);
   return open;
 }
 

@@ -48,7 +48,7 @@ class ModelSession {
   std::unique_ptr<Device> device_;
   std::unique_ptr<Kernels> kernels_;
   Weights weights_;
-  std::optional<Transformer> transformer_;
+  std::unique_ptr<Transformer> transformer_;
 };
 
 // An engine and the device that its pools live in.

@@ -27,7 +27,7 @@ size_t slot_of(uint64_t pair, size_t mask) {
 
 }  // namespace
 
-Bpe::Bpe(Vocabulary vocabulary, const Merges& merges, BpeOptions options) : options_(std::move(options)) {
+Bpe::Bpe(const Vocabulary& vocabulary, const Merges& merges, BpeOptions options) : options_(std::move(options)) {
   TokenId end = 0;
   for (const auto& [token, id] : vocabulary) {
     if (id < 0 || id >= kMaxId) {
@@ -38,12 +38,12 @@ Bpe::Bpe(Vocabulary vocabulary, const Merges& merges, BpeOptions options) : opti
   }
   tokens_.resize(end);
   known_.resize(end);
-  for (auto& [token, id] : vocabulary) {
+  for (const auto& [token, id] : vocabulary) {
     if (known_[id]) {
       throw Error("tokenizer.json: model.vocab: '{}' and '{}' have the same id {}", tokens_[id], token, id);
     }
     known_[id] = true;
-    tokens_[id] = std::move(token);
+    tokens_[id] = token;
   }
   ids_.reserve(vocabulary.size());
   for (TokenId id = 0; id < end; ++id) {

@@ -52,7 +52,7 @@ class Bpe {
   Bpe() = default;
   // Throws Error for ids that are negative, too large or used twice, and for merges whose tokens are not in the
   // vocabulary.
-  Bpe(Vocabulary vocabulary, const Merges& merges, BpeOptions options);
+  Bpe(const Vocabulary& vocabulary, const Merges& merges, BpeOptions options);
   Bpe(Bpe&&) = default;
   Bpe& operator=(Bpe&&) = default;
 

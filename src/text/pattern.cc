@@ -151,7 +151,7 @@ void Pattern::cut(std::string_view text, std::vector<Span>& spans) const {
   while (from <= text.size()) {
     const std::optional<Span> match = search.find(from);
     if (!match) break;
-    if (match->begin == match->end) {
+    if (match->begin == match->end && last_match_end == match->end) {
       if (from >= text.size()) break;
       next_code_point(text, from);
       continue;

@@ -127,7 +127,7 @@ class Translation {
     const size_t close = in_.find('}', pos_);
     if (pos_ + 2 >= in_.size() || in_[pos_ + 2] != '{' || close == std::string_view::npos) refuse(in_.substr(pos_, 2));
     const std::string_view name = in_.substr(pos_ + 3, close - pos_ - 3);
-    const std::string inside = property_class(name);
+    std::string inside = property_class(name);
     if (inside.empty()) {
       throw Error("{}: the property '{}' in the regular expression '{}' is not supported; supported: {}", where_,
                   in_.substr(pos_, close + 1 - pos_), in_, kSupportedProperties);

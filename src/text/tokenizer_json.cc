@@ -174,7 +174,7 @@ Bpe read_model(const Json& root) {
   for (const auto& [token, id] : vocabulary.items()) {
     tokens.emplace_back(token, json_id(id, "tokenizer.json: model.vocab"));
   }
-  return Bpe(std::move(tokens), read_merges(model), std::move(options));
+  return Bpe(tokens, read_merges(model), std::move(options));
 }
 
 // The library numbers added tokens itself: as in the vocabulary, or from its end on. A file that says otherwise would

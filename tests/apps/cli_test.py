@@ -130,11 +130,11 @@ class BadInput(Folder):
         refused("config.json", self.folder)
         self.file("config.json", '{"model_type": "mamba"}')
         refused("mamba.*llama", self.folder)
-        config = (pathlib.Path(MODEL) / "config.json").read_bytes()
-        self.file("config.json", config)
+        for name in ("config.json", "tokenizer.json"):
+            self.file(name, (pathlib.Path(MODEL) / name).read_bytes())
         refused("safetensors", self.folder)
         self.file("model.safetensors", struct.pack("<Q", 2**63) + b"{}")
-        self.refused(1, "safetensors", "inspect", "--model", self.folder)
+        refused("safetensors", self.folder)
 
     def test_prompts(self):
         def refused(message, *args, stdin=b""):
@@ -210,12 +210,15 @@ class Generate(Folder):
         self.assertTrue(cut["compare_full"]["identical"])
 
     def test_end_token_ends_it_unless_ignored(self):
-        prompt = "<|user|>\nWhat is the city of order 5?<|end|>\n<|assistant|>\n"
-        ended = generate("--max-tokens", 200, prompt=prompt)
+        prompt = DOCUMENT.read_text()[-1500:]
+        prompt = "<|system|>\n<|end|>\n<|user|>\n" + prompt[prompt.index("order ") :]
+        prompt = prompt[: prompt.index("Refund")] + "What is the city of order 59949?<|end|>\n<|assistant|>\n"
+        on = generate("--max-tokens", 100, "--ignore-eos", prompt=prompt)
+        self.assertEqual((on["finish_reason"], len(on["tokens"])), ("length", 100))
+        self.assertIn("<|end|>", on["text"])
+        ended = generate("--max-tokens", 100, prompt=prompt)
         self.assertEqual(ended["finish_reason"], "stop")
-        self.assertNotIn("<|end|>", ended["text"])
-        on = generate("--max-tokens", 200, "--ignore-eos", prompt=prompt)
-        self.assertEqual((on["finish_reason"], len(on["tokens"])), ("length", 200))
+        self.assertEqual(ended["text"], on["text"][: on["text"].index("<|end|>")])
         self.assertEqual(on["tokens"][: len(ended["tokens"])], ended["tokens"])
 
     def test_context_ends_it(self):
@@ -232,13 +235,21 @@ class Generate(Folder):
 
     def test_full_cache_streamed_over_the_wire(self):
         prompt = DOCUMENT.read_text()[:6000]
-        told = generate("--max-tokens", 12, "--ignore-eos", "--compare-full", "--prefill-chunk", 129, "--horizon", 16, "--device-memory",
-                        "17M", "--wire-gbps", 2, prompt=prompt)
+        told = generate("--max-tokens", 12, "--ignore-eos", "--compare-full", "--prefill-chunk", 129, "--horizon", 16, "--ring-layers", 1,
+                        "--device-memory", "18M", "--wire-gbps", 2, prompt=prompt)
         self.assertTrue(told["compare_full"]["identical"])
-        self.assertFalse(told["memory"]["full_on_device"])
+        full = told["compare_full"]
+        self.assertFalse(full["full_on_device"])
+        self.assertGreater(full["wire_bytes_per_token"], 2 * told["wire_bytes_per_token"])
         self.assertGreater(told["wire_bytes_per_token"], 0)
         roomy = generate("--max-tokens", 12, "--ignore-eos", prompt=prompt)
         self.assertEqual(roomy["hash"], told["hash"])
+        self.assertTrue(generate("--max-tokens", 12, "--compare-full", prompt=prompt)["compare_full"]["full_on_device"])
+
+    def test_nothing_is_decided_after_the_last_token(self):
+        # The pages of the prompt are still on the slow wire when the second token ends the sequence.
+        told = generate("--max-tokens", 2, "--ignore-eos", "--horizon", 1, "--wire-gbps", 0.001, prompt=DOCUMENT.read_text()[:420])
+        self.assertEqual((told["finish_reason"], len(told["tokens"])), ("length", 2))
 
     def test_interrupt_ends_with_a_summary(self):
         command = [BINARY, "generate", "--model", MODEL, "--prompt", FUNCTION, "--ignore-eos", "--max-tokens", "30000", "--inject-delay-us",
@@ -253,13 +264,13 @@ class Generate(Folder):
 
     def test_closed_stdout_ends_quietly(self):
         command = [BINARY, "generate", "--model", MODEL, "--prompt", FUNCTION, "--ignore-eos", "--max-tokens", "30000"]
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
-        self.addCleanup(child.kill)
-        os.read(child.stdout.fileno(), 1)
-        child.stdout.close()
-        error = child.stderr.read()
-        self.assertEqual(child.wait(timeout=60), -signal.SIGPIPE)
-        self.assertEqual(error, b"")
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()) as child:
+            self.addCleanup(child.kill)
+            os.read(child.stdout.fileno(), 1)
+            child.stdout.close()
+            error = child.stderr.read()
+            self.assertEqual(child.wait(timeout=60), -signal.SIGPIPE)
+            self.assertEqual(error, b"")
 
     @unittest.skipUnless(os.path.exists("/dev/full"), "no /dev/full here")
     def test_full_disk_is_told(self):
@@ -283,7 +294,7 @@ class Check(Folder):
     def test_small_matrix(self):
         report = self.check("--compressor", "none", "--compressor", "streaming-llm:sinks=4,window=128", "--compressor", "kivi:bits=2",
                             "--compressor", "snapkv:budget=0.3+kivi:bits=4", "--horizon", 3, "--horizon", "adaptive", "--temperature", 0,
-                            "--temperature", 0.8, "--context", 180, "--context", 700, "--documents", 3, "--max-tokens", 20,
+                            "--temperature", 0.8, "--context", 250, "--context", 700, "--documents", 3, "--max-tokens", 20,
                             "--max-sequences", 2)
         self.assertEqual(len(report["cells"]), 4 * 2 * 2 * 2)
         self.assertEqual(report["tokens"], 32 * 3 * 20)

@@ -19,9 +19,10 @@ inline std::string read_text_file(const std::filesystem::path& path) {
 }
 
 inline const std::vector<std::string>& tokenizer_families() {
-  static const std::vector<std::string> names = {
-      "gpt2",         "gpt2_prefix", "llama3",      "qwen2",        "mixed",  "digits",          "gpt2_seams",
-      "llama3_seams", "qwen2_seams", "cased_seams", "digits_seams", "llama2", "metaspace_first", "metaspace_always"};
+  static const std::vector<std::string> names = {"gpt2",        "gpt2_prefix",     "llama3",          "qwen2",
+                                                 "mixed",       "digits",          "gpt2_seams",      "llama3_seams",
+                                                 "qwen2_seams", "cased_seams",     "digits_seams",    "metaspace_seams",
+                                                 "llama2",      "metaspace_first", "metaspace_always"};
   return names;
 }
 

@@ -167,6 +167,20 @@ TEST(Tokenizer, TakesMergesInBothForms) {
   EXPECT_EQ(Tokenizer::parse(strings.dump()).encode(text), Tokenizer::parse(pairs.dump()).encode(text));
 }
 
+// A token that lies wholly in the white space that the one before it has taken is gone.
+TEST(Tokenizer, StrippingDoesNotTakeTheSameTextTwice) {
+  Json json = family_json("gpt2");
+  TokenId right = 0;
+  for (Json& token : json["added_tokens"]) {
+    if (token["content"] == "\t\t") token["lstrip"] = true;
+    if (token["content"] == "<|right|>") right = token["id"].get<TokenId>();
+  }
+  const Tokenizer tokenizer = Tokenizer::parse(json.dump());
+  const TokenId x = tokenizer.token_id("x").value();
+  EXPECT_EQ(tokenizer.encode("<|right|>\t\tx"), Ids({right, x}));
+  EXPECT_EQ(tokenizer.encode("<|right|> \t\t\t\tx"), Ids({right, x}));
+}
+
 // Long runs are where a quadratic merge, a backtracking limit or an exhausted stack would show. A second is generous
 // for a megabyte; quadratic work takes hours.
 TEST(Tokenizer, LongRunsTakeLinearTime) {
@@ -178,8 +192,8 @@ TEST(Tokenizer, LongRunsTakeLinearTime) {
       std::string text;
       while (text.size() < 250'000) text += unit;
       const Ids ids = tokenizer.encode(text + "x");
-      EXPECT_GT(ids.size(), 10u);
-      EXPECT_LE(ids.size(), text.size() + 2);  // the x, a prepended mark
+      EXPECT_FALSE(ids.empty());
+      EXPECT_LE(ids.size(), 2 * text.size() + 3);  // every byte may begin a word and get a space
     }
     const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
     EXPECT_LT(elapsed.count(), 30) << name;
@@ -200,6 +214,7 @@ TEST(Tokenizer, ThreadsShareOneTokenizer) {
   const Ids expected = tokenizer.encode(text);
   std::vector<int> wrong(4);
   std::vector<std::thread> threads;
+  threads.reserve(wrong.size());
   for (int t = 0; t < 4; ++t) {
     threads.emplace_back([&, t] {
       for (int i = 0; i < 200; ++i) wrong[t] += tokenizer.encode(text) != expected;

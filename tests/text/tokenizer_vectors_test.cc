@@ -16,16 +16,17 @@ class TokenizerVectors : public testing::TestWithParam<std::string> {};
 TEST_P(TokenizerVectors, AgreeWithTheTokenizersPackage) {
   const Tokenizer tokenizer = family_tokenizer(GetParam());
   const Json cases = Json::parse(read_text_file(text_data(GetParam() + ".cases.json")));
-  ASSERT_GE(cases["encode"].size(), 100u);
-  ASSERT_GE(cases["decode"].size(), 40u);
+  ASSERT_GE(cases["encode"].size(), 60u);
+  ASSERT_GE(cases["decode"].size(), 30u);
   for (const Json& one : cases["encode"]) {
     const std::string text = one[0].get<std::string>();
     const Ids ids = one[1].get<Ids>();
     const Ids special = one[2].is_null() ? ids : one[2].get<Ids>();
     EXPECT_EQ(tokenizer.encode(text), ids) << text;
     EXPECT_EQ(tokenizer.encode(text, true), special) << text;
-    EXPECT_EQ(tokenizer.decode(special), one[3].get<std::string>()) << text;
-    EXPECT_EQ(tokenizer.decode(special, true), one[4].get<std::string>()) << text;
+    const std::string decoded = one[3].is_null() ? text : one[3].get<std::string>();
+    EXPECT_EQ(tokenizer.decode(special), decoded) << text;
+    EXPECT_EQ(tokenizer.decode(special, true), one[4].is_null() ? decoded : one[4].get<std::string>()) << text;
   }
   for (const Json& one : cases["decode"]) {
     EXPECT_EQ(tokenizer.decode(one[0].get<Ids>()), one[1].get<std::string>()) << one[0].dump();
