@@ -11,6 +11,9 @@ std::byte* Device::allocate(size_t bytes, std::string_view what) {
     throw Error("device memory: {} needs {:.1f} MB, but only {:.1f} of {:.1f} MB are left; raise --device-memory or lower --max-model-len",
                 what, bytes / 1e6, available() / 1e6, budget_ / 1e6);
   }
+  if (rounded == 0) {
+    return nullptr;  // the resident pages of a compressor that keeps nothing, say
+  }
   std::byte* block = take(rounded);
   if (block == nullptr) {
     throw Error("device memory: the machine could not give {:.1f} MB for {}; lower --device-memory", bytes / 1e6, what);

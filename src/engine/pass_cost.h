@@ -19,12 +19,16 @@ class PassCost {
     xx_ += rows * rows;
     xy_ += rows * seconds;
   }
+  // Rows that hardly differ say nothing of the slope, and noise must not make the pass itself look free: base is at least a quarter
+  // of the mean.
   double per_row() const {
     const double spread = n_ * xx_ - x_ * x_;
-    return spread > 1e-9 * n_ * xx_ ? std::max(0.0, (n_ * xy_ - x_ * y_) / spread) : 0;
+    if (spread <= 1e-3 * n_ * xx_) {
+      return 0;
+    }
+    return std::clamp((n_ * xy_ - x_ * y_) / spread, 0.0, 0.75 * y_ / x_);
   }
-  double base() const { return n_ > 0 ? std::max(0.0, (y_ - per_row() * x_) / n_) : 0; }
-  bool known() const { return n_ > 0; }
+  double base() const { return n_ > 0 ? (y_ - per_row() * x_) / n_ : 0; }
 
  private:
   double n_ = 0, x_ = 0, y_ = 0, xx_ = 0, xy_ = 0;

@@ -1,5 +1,5 @@
-// Random traffic over a real engine: requests that join and leave at random, held against each of them run alone with
-// the full cache.
+// Random traffic over a real engine: requests join and leave at random, each is held against itself run alone with the
+// full cache. Each test owns its engine and drives it on its thread; the model is shared.
 #pragma once
 
 #include <algorithm>

@@ -63,7 +63,7 @@ TEST(TrafficSoak, EveryAnswerIsTheOneGivenAlone) {
     test::run_traffic(random_setup(random), visitors);
     ASSERT_FALSE(::testing::Test::HasFailure()) << "VERICACHE_SOAK_SEED=" << seed << " repeats it";
   }
-  std::printf("%llu rounds\n", static_cast<unsigned long long>(seed - 1));
+  std::printf("seeds up to %llu\n", static_cast<unsigned long long>(seed - 1));
 }
 
 }  // namespace

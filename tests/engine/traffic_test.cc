@@ -75,6 +75,12 @@ TEST(Traffic, BlocksThatComeBackBroken) {
   EXPECT_GT(stats.recomputed_tokens, 0);
 }
 
+// Nothing is resident: drafts see the tail alone.
+TEST(Traffic, ACompressorThatKeepsNothing) {
+  const std::vector<Visitor> few(visitors().begin(), visitors().begin() + 12);
+  run_traffic({.compressor = "streaming-llm:sinks=0,window=0", .options = options_of(6, 4, 200)}, few);
+}
+
 Visitor plain_visitor(int prompt, int max_tokens, uint64_t seed) {
   std::mt19937_64 random(seed);
   Visitor visitor;

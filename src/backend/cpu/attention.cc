@@ -353,11 +353,14 @@ void Attention::mass_page(const MassArgs& args, int head, int page, int first_ro
   const int index = in_past ? page : page - past_pages;
   const auto* keys = reinterpret_cast<const bf16*>(bf16_page(in_past ? kv.past : kv.tail, head, index, shape, false));
   const int held = std::min(kPageTokens, args.tokens - page * kPageTokens);
-  const int offset = args.sequence.position + first_row - kv.tail_position - index * kPageTokens;
+  // Slots of a full past are positions: a query before its end does not see behind itself.
+  const bool causal = !in_past || tokens_of(kv.past, head) == kv.tail_position;
+  const int begin = in_past ? page * kPageTokens : kv.tail_position + index * kPageTokens;
+  const int offset = args.sequence.position + first_row - begin;
   const int key_pairs = shape.key_dim() / 2;
   Scratch& s = scratch();
   for (int r = 0; r < stacked; ++r) {
-    s.visible[static_cast<size_t>(r)] = in_past ? held : std::clamp(offset + r / group + 1, 0, held);
+    s.visible[static_cast<size_t>(r)] = causal ? std::clamp(offset + r / group + 1, 0, held) : held;
   }
   float mass[kPageTokens] = {};
   for (int first = 0; first < stacked; first += kChunkRows) {

@@ -1,0 +1,133 @@
+// A layer of random KV, partly staged and partly in the tail, and kernels to compress it with.
+// Each test owns its own, on its thread.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "backend/cpu/cpu_kernels.h"
+#include "compress/compressor.h"
+#include "kv/kv_memory.h"
+
+namespace vericache::test {
+
+constexpr int kMostTokens = 640;
+
+// One layer's full KV: pages [0, past) stand in scattered blocks, the others too, but are seen as a tail.
+class RandomLayer {
+ public:
+  RandomLayer(const KvShape& shape, int heads, uint64_t seed)
+      : shape_(shape),
+        heads_(heads),
+        random_(seed),
+        pages_(kMostTokens / kPageTokens),
+        pool_(head_page_bytes(KvFormat{}, shape), pages_ * shape.kv_heads),
+        kernels_(make_cpu_kernels(best_isa(), 2,
+                                  {.shape = shape, .heads = heads, .max_rows = 64, .max_context_tokens = 2048})) {
+    for (int i = 0; i < pages_ * shape.kv_heads; ++i) {
+      table_.push_back(pool_.pool.take());
+    }
+    std::shuffle(table_.begin(), table_.end(), random_);
+    for (std::byte* page : table_) {
+      auto* values = reinterpret_cast<bf16*>(page);
+      for (size_t i = 0; i < pool_.pool.block_bytes() / sizeof(bf16); ++i) {
+        values[i] = to_bf16(normal_(random_));
+      }
+    }
+    zero_key_padding();
+  }
+
+  FullLayer layer(int past_tokens) {
+    past_.assign(static_cast<size_t>(shape_.kv_heads), past_tokens);
+    LayerKv kv;
+    kv.past = {.format = {}, .head_pages = table_.data(), .page_stride = pages_, .tokens = past_.data()};
+    kv.tail = {.format = {},
+               .head_pages = table_.data() + past_tokens / kPageTokens,
+               .page_stride = pages_,
+               .tokens = nullptr};
+    kv.tail_position = past_tokens;
+    return {shape_, kv};
+  }
+  std::byte* head_page(int head, int page) const { return table_[static_cast<size_t>(head * pages_ + page)]; }
+  float key(int head, int token, int d) const {
+    return to_float(values(head, token)[key_index(token % kPageTokens, d, shape_)]);
+  }
+
+  // Queries at consecutive positions with the softmax denominators of all the tokens before and at each.
+  Attended queries(int rows, int position) {
+    q_.resize(static_cast<size_t>(rows * heads_ * shape_.key_dim()));
+    log_sum_exp_.resize(static_cast<size_t>(rows * heads_));
+    for (int row = 0; row < rows; ++row) {
+      for (int head = 0; head < heads_; ++head) {
+        for (int d = 0; d < shape_.key_dim(); ++d) {
+          q_[query_index(row, head, d)] = d < shape_.head_dim ? to_bf16(normal_(random_)) : bf16{0};
+        }
+        double sum = 0;
+        for (int token = 0; token <= position + row; ++token) {
+          sum += std::exp(score(row, head, token));
+        }
+        log_sum_exp_[static_cast<size_t>(row * heads_ + head)] = static_cast<float>(std::log(sum));
+      }
+    }
+    return {.heads = heads_,
+            .scale = scale(),
+            .q = q_.data(),
+            .log_sum_exp = log_sum_exp_.data(),
+            .rows = rows,
+            .position = position};
+  }
+  double score(int row, int head, int token) const {
+    double dot = 0;
+    for (int d = 0; d < shape_.head_dim; ++d) {
+      dot +=
+          static_cast<double>(to_float(q_[query_index(row, head, d)])) * key(head * shape_.kv_heads / heads_, token, d);
+    }
+    return dot * scale();
+  }
+  // What attention of query `row` (at `position` + row) gives `token`.
+  double weight(int row, int head, int token, int position) const {
+    return token > position + row
+               ? 0
+               : std::exp(score(row, head, token) - log_sum_exp_[static_cast<size_t>(row * heads_ + head)]);
+  }
+
+  Kernels& kernels() { return *kernels_; }
+  const KvShape& shape() const { return shape_; }
+  int heads() const { return heads_; }
+  float scale() const { return 1.0f / std::sqrt(static_cast<float>(shape_.head_dim)); }
+  std::mt19937_64& random() { return random_; }
+
+ private:
+  const bf16* values(int head, int token) const {
+    return reinterpret_cast<const bf16*>(head_page(head, token / kPageTokens));
+  }
+  size_t query_index(int row, int head, int d) const {
+    return static_cast<size_t>((row * heads_ + head) * shape_.key_dim() + d);
+  }
+  void zero_key_padding() {
+    for (std::byte* page : table_) {
+      for (int token = 0; token < kPageTokens; ++token) {
+        for (int d = shape_.head_dim; d < shape_.key_dim(); ++d) {
+          reinterpret_cast<bf16*>(page)[key_index(token, d, shape_)] = bf16{0};
+        }
+      }
+    }
+  }
+
+  KvShape shape_;
+  int heads_;
+  std::mt19937_64 random_;
+  std::normal_distribution<float> normal_;
+  int pages_;
+  OwnedPool pool_;
+  std::unique_ptr<Kernels> kernels_;
+  std::vector<std::byte*> table_;  // (kv_heads, pages)
+  std::vector<int> past_;
+  std::vector<bf16> q_;
+  std::vector<float> log_sum_exp_;
+};
+
+}  // namespace vericache::test

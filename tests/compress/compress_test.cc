@@ -1,0 +1,398 @@
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstring>
+#include <functional>
+#include <set>
+
+#include "base/hash.h"
+#include "compress/compress_harness.h"
+#include "compress/scoring.h"
+#include "kv/wire.h"
+
+namespace vericache {
+namespace {
+
+using test::kMostTokens;
+using test::OwnedPool;
+using test::RandomLayer;
+
+constexpr KvShape kShape{.layers = 1, .kv_heads = 2, .head_dim = 48};  // keys are padded to 64
+constexpr int kHeads = 6;
+
+struct Resident {
+  OwnedPool pool;
+  ResidentLayer layer;
+  explicit Resident(const KvFormat& format, const KvShape& shape = kShape, int pages = kMostTokens / kPageTokens)
+      : pool(head_page_bytes(format, shape), pages * shape.kv_heads), layer(shape, format, pool.pool, pages) {}
+};
+
+std::vector<bf16> decoded(Kernels& kernels, const ResidentLayer& layer, int head, int page) {
+  std::vector<bf16> out(head_page_bytes(KvFormat{}, layer.shape()) / sizeof(bf16));
+  kernels.dequantize_head_page(layer.head_page(head, page), layer.shape(), layer.format(),
+                               reinterpret_cast<std::byte*>(out.data()));
+  return out;
+}
+
+float key_of(const std::vector<bf16>& page, int token, int d) {
+  return to_float(page[key_index(token, d, kShape)]);
+}
+float value_of(const std::vector<bf16>& page, int token, int d) {
+  return to_float(page[static_cast<size_t>(kPageTokens * kShape.key_dim()) + value_index(token, d)]);
+}
+
+std::vector<bf16> copy_of(const std::byte* page) {
+  std::vector<bf16> out(head_page_bytes(KvFormat{}, kShape) / sizeof(bf16));
+  std::memcpy(out.data(), page, out.size() * sizeof(bf16));
+  return out;
+}
+
+TEST(PagedCompressor, NoneKeepsEveryBit) {
+  RandomLayer full(kShape, kHeads, 1);
+  Resident resident(KvFormat{});
+  const auto none = make_compressor("none");
+  int end = 0;
+  for (const int next : {64, 64, 320, 640}) {
+    ASSERT_TRUE(none->compress(full.kernels(), full.layer(end), {end, next}, {}, resident.layer));
+    end = next;
+    for (int head = 0; head < kShape.kv_heads; ++head) {
+      ASSERT_EQ(resident.layer.tokens(head), end);
+      for (int page = 0; page < end / kPageTokens; ++page) {
+        ASSERT_EQ(std::memcmp(resident.layer.head_page(head, page), full.head_page(head, page),
+                              head_page_bytes(KvFormat{}, kShape)),
+                  0);
+      }
+    }
+  }
+  EXPECT_EQ(none->wire_bytes(640, kShape), 0u);
+}
+
+// Group g of a page: keys of one channel, values of one token.
+template <typename At>
+void expect_within_half_a_step(int bits, int count, const At& original, const At& restored) {
+  float low = original(0);
+  float high = original(0);
+  for (int i = 1; i < count; ++i) {
+    low = std::min(low, original(i));
+    high = std::max(high, original(i));
+  }
+  const float step = (high - low) / static_cast<float>((1 << bits) - 1);
+  const float rounding = std::max(std::abs(low), std::abs(high)) / 128;  // the scale and the result are bf16
+  for (int i = 0; i < count; ++i) {
+    ASSERT_LE(std::abs(original(i) - restored(i)), 0.5f * step * 1.01f + rounding);
+  }
+}
+
+TEST(PagedCompressor, KiviStaysWithinHalfAStep) {
+  RandomLayer full(kShape, kHeads, 2);
+  for (const auto& [spec, key_bits, value_bits] : {std::tuple{"kivi:bits=2", 2, 2},
+                                                   {"kivi:bits=4", 4, 4},
+                                                   {"kivi:bits=8", 8, 8},
+                                                   {"kivi:k=8,v=2", 8, 2},
+                                                   {"kivi:k=16,v=4", 16, 4}}) {
+    const auto kivi = make_compressor(spec);
+    Resident resident(kivi->format());
+    ASSERT_TRUE(kivi->compress(full.kernels(), full.layer(0), {0, 192}, {}, resident.layer));
+    const uint64_t first = hash_bytes(resident.layer.head_page(1, 0), head_page_bytes(kivi->format(), kShape));
+    ASSERT_TRUE(kivi->compress(full.kernels(), full.layer(128), {192, 640}, {}, resident.layer));
+    EXPECT_EQ(hash_bytes(resident.layer.head_page(1, 0), head_page_bytes(kivi->format(), kShape)), first)
+        << "it only extends";
+    for (int head = 0; head < kShape.kv_heads; ++head) {
+      ASSERT_EQ(resident.layer.tokens(head), 640);
+      for (int page = 0; page < 10; ++page) {
+        const std::vector<bf16> original = copy_of(full.head_page(head, page));
+        const std::vector<bf16> restored = decoded(full.kernels(), resident.layer, head, page);
+        for (int d = 0; d < kShape.head_dim; ++d) {
+          const auto key = [&](const std::vector<bf16>& of) {
+            return std::function<float(int)>([&, d](int t) { return key_of(of, t, d); });
+          };
+          expect_within_half_a_step(key_bits, kPageTokens, key(original), key(restored));
+        }
+        for (int t = 0; t < kPageTokens; ++t) {
+          const auto value = [&](const std::vector<bf16>& of) {
+            return std::function<float(int)>([&, t](int d) { return value_of(of, t, d); });
+          };
+          expect_within_half_a_step(value_bits, kShape.head_dim, value(original), value(restored));
+        }
+      }
+    }
+    EXPECT_EQ(kivi->wire_bytes(640, kShape), 10 * page_bytes(kShape));
+    EXPECT_EQ(kivi->wire_bytes(639, kShape), 9 * page_bytes(kShape));
+  }
+}
+
+// Scores that a test gives.
+class GivenScores final : public ScoringCompressor {
+ public:
+  GivenScores(const Budget& budget, const KvFormat& format) : ScoringCompressor(format), budget_(budget) {}
+  std::string name() const override { return "given" + format_suffix(); }
+  int kept_tokens(int tokens) const override { return budget_.tokens_of(tokens); }
+  std::vector<float> given;  // (kv_heads, tokens)
+
+ private:
+  void score(Kernels&, const FullLayer&, int tokens, const Attended&, std::span<float> scores) override {
+    ASSERT_EQ(scores.size(), static_cast<size_t>(kShape.kv_heads * tokens));
+    std::copy(given.begin(), given.end(), scores.begin());
+  }
+  Budget budget_;
+};
+
+// The rule in its plainest form: higher first, of equals the later; NaN is worth nothing.
+std::vector<int> best_by_hand(const float* scores, int tokens, int count) {
+  std::vector<int> order(static_cast<size_t>(tokens));
+  for (int i = 0; i < tokens; ++i) {
+    order[static_cast<size_t>(i)] = tokens - 1 - i;
+  }
+  const auto worth = [&](int t) { return std::isnan(scores[t]) ? -INFINITY : scores[t]; };
+  std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return worth(a) > worth(b); });
+  order.resize(static_cast<size_t>(count));
+  std::sort(order.begin(), order.end());
+  return order;
+}
+
+void expect_kept_bits(const RandomLayer& full, const ResidentLayer& layer, int head) {
+  const std::span<const int> positions = layer.positions(head);
+  for (size_t i = 0; i < positions.size(); ++i) {
+    std::vector<std::byte> expected(head_page_bytes(KvFormat{}, kShape));
+    std::vector<std::byte> actual(expected.size());
+    copy_token(full.head_page(head, positions[i] / kPageTokens), positions[i] % kPageTokens, expected.data(), 0,
+               kShape);
+    copy_token(layer.head_page(head, static_cast<int>(i) / kPageTokens), static_cast<int>(i) % kPageTokens,
+               actual.data(), 0, kShape);
+    ASSERT_EQ(expected, actual);
+  }
+}
+
+TEST(ScoringCompressor, KeepsExactlyTheBestOfEveryHead) {
+  RandomLayer full(kShape, kHeads, 3);
+  std::mt19937_64 random(4);
+  for (const bool quantized : {false, true}) {
+    const KvFormat format = quantized ? KvFormat{4, 4} : KvFormat{};
+    Resident resident(format);
+    for (int round = 0; round < 60; ++round) {
+      // Counts shrink and grow from call to call.
+      const int tokens = kPageTokens * static_cast<int>(1 + random() % (kMostTokens / kPageTokens));
+      const Budget budget{.amount = random() % 2 == 0 ? static_cast<double>(random() % 101) / 100
+                                                      : static_cast<double>(2 + random() % 700),
+                          .least = static_cast<int>(random() % 100)};
+      GivenScores compressor(budget, format);
+      for (int i = 0; i < kShape.kv_heads * tokens; ++i) {
+        const auto draw = random() % 40;  // few values: ties everywhere
+        compressor.given.push_back(draw == 0   ? INFINITY
+                                   : draw == 1 ? NAN
+                                   : draw == 2 ? -INFINITY
+                                               : static_cast<float>(draw / 4));
+      }
+      ASSERT_TRUE(compressor.compress(full.kernels(), full.layer(tokens / 128 * 64), {0, tokens}, {}, resident.layer));
+      const int count = budget.tokens_of(tokens);
+      ASSERT_LE(static_cast<size_t>(resident.layer.pages()) * head_page_bytes(format, kShape),
+                compressor.resident_bytes(tokens, kShape));
+      for (int head = 0; head < kShape.kv_heads; ++head) {
+        const std::span<const int> kept = std::as_const(resident.layer).positions(head);
+        ASSERT_EQ(std::vector<int>(kept.begin(), kept.end()),
+                  best_by_hand(compressor.given.data() + static_cast<ptrdiff_t>(head * tokens), tokens, count));
+        ASSERT_EQ(resident.layer.tokens(head), count);
+        if (!quantized) {
+          expect_kept_bits(full, resident.layer, head);
+        }
+      }
+    }
+    resident.layer.clear();
+    EXPECT_EQ(resident.pool.pool.used(), 0);
+  }
+}
+
+TEST(ScoringCompressor, QuantizesWhatItKeeps) {
+  RandomLayer full(kShape, kHeads, 8);
+  GivenScores exact({.amount = 100, .least = 0}, {});
+  GivenScores quantized({.amount = 100, .least = 0}, {8, 8});
+  for (int i = 0; i < kShape.kv_heads * 640; ++i) {
+    exact.given.push_back(static_cast<float>(full.random()() % 1000));
+  }
+  quantized.given = exact.given;
+  Resident kept({});
+  Resident codes({8, 8});
+  ASSERT_TRUE(exact.compress(full.kernels(), full.layer(320), {0, 640}, {}, kept.layer));
+  ASSERT_TRUE(quantized.compress(full.kernels(), full.layer(320), {0, 640}, {}, codes.layer));
+  for (int head = 0; head < kShape.kv_heads; ++head) {
+    for (int i = 0; i < 100; ++i) {
+      const std::vector<bf16> want = copy_of(kept.layer.head_page(head, i / kPageTokens));
+      const std::vector<bf16> have = decoded(full.kernels(), codes.layer, head, i / kPageTokens);
+      for (int d = 0; d < kShape.head_dim; ++d) {
+        ASSERT_NEAR(key_of(want, i % kPageTokens, d), key_of(have, i % kPageTokens, d), 0.05f);
+        ASSERT_NEAR(value_of(want, i % kPageTokens, d), value_of(have, i % kPageTokens, d), 0.05f);
+      }
+    }
+  }
+}
+
+TEST(ScoringCompressor, AnEmptyPoolIsSaid) {
+  RandomLayer full(kShape, kHeads, 5);
+  OwnedPool small(head_page_bytes(KvFormat{}, kShape), 3);
+  {
+    ResidentLayer layer(kShape, {}, small.pool, 10);
+    EXPECT_FALSE(
+        make_compressor("streaming-llm:window=128")->compress(full.kernels(), full.layer(0), {0, 640}, {}, layer));
+    EXPECT_FALSE(make_compressor("none")->compress(full.kernels(), full.layer(0), {0, 640}, {}, layer));
+  }
+  EXPECT_EQ(small.pool.used(), 0);
+}
+
+TEST(StreamingLlm, KeepsSinksAndTheLast) {
+  RandomLayer full(kShape, kHeads, 6);
+  for (const auto& [spec, tokens, sinks, window] : {std::tuple{"streaming-llm:sinks=4,window=100", 640, 4, 100},
+                                                    {"streaming-llm:sinks=0,window=65", 640, 0, 65},
+                                                    {"streaming-llm:sinks=70,window=0", 640, 70, 0},
+                                                    {"streaming-llm:sinks=4,window=0.25", 320, 4, 80},
+                                                    {"streaming-llm:sinks=0,window=0", 128, 0, 0},
+                                                    {"streaming-llm:sinks=4,window=1000", 192, 4, 188},
+                                                    {"streaming-llm:sinks=500,window=9", 256, 500, 9}}) {
+    Resident resident({});
+    ASSERT_TRUE(make_compressor(spec)->compress(full.kernels(), full.layer(0), {0, tokens}, {}, resident.layer));
+    for (int head = 0; head < kShape.kv_heads; ++head) {
+      std::vector<int> expected;
+      for (int token = 0; token < tokens; ++token) {
+        if (token < sinks || token >= tokens - window) {
+          expected.push_back(token);
+        }
+      }
+      const std::span<const int> kept = std::as_const(resident.layer).positions(head);
+      EXPECT_EQ(std::vector<int>(kept.begin(), kept.end()), expected) << spec;
+      expect_kept_bits(full, resident.layer, head);
+    }
+  }
+}
+
+// SnapKV by its formula, in float64: the attention that the last queries pay to a token, summed over them and over the
+// query heads of a KV head, then pooled over `kernel` neighbours.
+std::vector<double> pooled_mass(const RandomLayer& full, const Attended& seen, int head, int tokens, int kernel) {
+  const int group = full.heads() / kShape.kv_heads;
+  std::vector<double> mass(static_cast<size_t>(tokens));
+  for (int token = 0; token < tokens; ++token) {
+    for (int row = 0; row < seen.rows; ++row) {
+      for (int h = head * group; h < (head + 1) * group; ++h) {
+        mass[static_cast<size_t>(token)] += full.weight(row, h, token, seen.position);
+      }
+    }
+  }
+  std::vector<double> pooled(mass.size());
+  for (int token = 0; token < tokens; ++token) {
+    for (int i = std::max(0, token - kernel / 2); i <= std::min(tokens - 1, token + kernel / 2); ++i) {
+      pooled[static_cast<size_t>(token)] += mass[static_cast<size_t>(i)] / kernel;
+    }
+  }
+  return pooled;
+}
+
+void expect_snapkv_choice(RandomLayer& full, const Attended& seen, int past, int tokens, int window, int kernel,
+                          int budget) {
+  Resident resident({});
+  const std::string spec = "snapkv:budget=" + std::to_string(budget) + ",window=" + std::to_string(window) +
+                           ",kernel=" + std::to_string(kernel);
+  const auto snapkv = make_compressor(spec);
+  ASSERT_TRUE(snapkv->compress(full.kernels(), full.layer(past), {0, tokens}, seen, resident.layer));
+  const int count = snapkv->kept_tokens(tokens);
+  ASSERT_EQ(count, std::min(tokens, std::max({budget, window, kPageTokens})));
+  for (int head = 0; head < kShape.kv_heads; ++head) {
+    const std::vector<double> score = pooled_mass(full, seen, head, tokens, kernel);
+    const std::span<const int> kept = std::as_const(resident.layer).positions(head);
+    ASSERT_EQ(static_cast<int>(kept.size()), count);
+    const std::set<int> chosen(kept.begin(), kept.end());
+    double worst_kept = INFINITY;
+    double best_dropped = 0;
+    for (int token = 0; token < tokens; ++token) {
+      if (token >= tokens - window) {
+        ASSERT_TRUE(chosen.contains(token)) << "the last " << window << " stay";
+      } else if (chosen.contains(token)) {
+        worst_kept = std::min(worst_kept, score[static_cast<size_t>(token)]);
+      } else {
+        best_dropped = std::max(best_dropped, score[static_cast<size_t>(token)]);
+      }
+    }
+    EXPECT_GE(worst_kept, best_dropped * (1 - 2e-3)) << spec << ", past " << past << ", tokens " << tokens;
+  }
+}
+
+TEST(SnapKv, ChoosesByThePooledMassOfTheFormula) {
+  RandomLayer full(kShape, kHeads, 7);
+  std::mt19937_64 random(9);
+  for (int round = 0; round < 25; ++round) {
+    const int tokens = kPageTokens * static_cast<int>(2 + random() % 8);
+    const int past = kPageTokens * static_cast<int>(random() % static_cast<uint64_t>(tokens / kPageTokens));
+    const int window = 1 + static_cast<int>(random() % 40);
+    // The last query stands at the end of what is folded or up to a page behind it; the first may precede the end of
+    // `past`.
+    const int last = tokens - 1 + static_cast<int>(random() % 60);
+    const Attended seen = full.queries(window, last - window + 1);
+    expect_snapkv_choice(full, seen, past, tokens, window, 1 + 2 * static_cast<int>(random() % 5),
+                         65 + static_cast<int>(random() % 60));
+  }
+}
+
+// Queries that precede the end of the stored pages see nothing behind themselves there either.
+TEST(SnapKv, QueriesBeforeTheEndOfThePastAreCausal) {
+  RandomLayer full(kShape, kHeads, 10);
+  const Attended seen = full.queries(48, 200);  // 200..247, stored up to 256
+  expect_snapkv_choice(full, seen, 256, 256, 1, 1, 70);
+}
+
+TEST(Compressor, ResidentBytesBoundWhatIsTaken) {
+  RandomLayer full(kShape, kHeads, 11);
+  std::mt19937_64 random(12);
+  for (const char* spec : {"none", "kivi:bits=2", "kivi:k=8,v=4", "streaming-llm:window=0.3",
+                           "streaming-llm:sinks=3,window=70+kivi:bits=8", "snapkv:budget=0.3",
+                           "snapkv:budget=130,window=8+kivi:k=16,v=2"}) {
+    const auto compressor = make_compressor(spec);
+    Resident resident(compressor->format());
+    int end = 0;
+    while (end < kMostTokens) {
+      const int next = std::min(kMostTokens, end + kPageTokens * static_cast<int>(1 + random() % 3));
+      const Attended seen = full.queries(8, next - 8);
+      ASSERT_TRUE(compressor->compress(full.kernels(), full.layer(end), {end, next}, seen, resident.layer));
+      end = next;
+      const size_t taken = static_cast<size_t>(resident.layer.pages()) * head_page_bytes(compressor->format(), kShape);
+      EXPECT_EQ(taken, resident.pool.pool.block_bytes() * static_cast<size_t>(resident.pool.pool.used()));
+      EXPECT_LE(taken, compressor->resident_bytes(end, kShape)) << spec;
+      // Admission reserves for the longest the sequence may become, at any number of tokens.
+      EXPECT_LE(taken, compressor->resident_bytes(end + static_cast<int>(random() % 300), kShape)) << spec;
+      for (int head = 0; head < kShape.kv_heads; ++head) {
+        EXPECT_EQ(resident.layer.tokens(head), compressor->kept_tokens(end));
+      }
+    }
+  }
+}
+
+TEST(Compressor, WireBytesAreWhatTheWireCounts) {
+  RandomLayer full(kShape, kHeads, 13);
+  for (const char* spec : {"streaming-llm:window=0.3", "streaming-llm:sinks=0,window=0", "snapkv:budget=0.3",
+                           "snapkv:budget=1000", "snapkv:budget=0.3+kivi:bits=4", "kivi:bits=4"}) {
+    const auto compressor = make_compressor(spec);
+    for (const int tokens : {64, 320, 640}) {
+      const int pages = tokens / kPageTokens;
+      OwnedPool extents(extent_bytes(kShape), kShape.layers);
+      FullKv stored(kShape, extents.pool, pages);
+      for (int page = 0; page < pages; ++page) {
+        for (int head = 0; head < kShape.kv_heads; ++head) {
+          const size_t head_bytes = head_page_bytes(KvFormat{}, kShape);
+          std::memcpy(stored.page(0, page) + static_cast<size_t>(head) * head_bytes, full.head_page(head, page),
+                      head_bytes);
+        }
+        stored.checksum(0, page) = hash_bytes(stored.page(0, page), page_bytes(kShape));
+      }
+      OwnedPool resident_pages(head_page_bytes(compressor->format(), kShape), pages * kShape.kv_heads);
+      ResidentKv resident(kShape, compressor->format(), resident_pages.pool, compressor->kept_tokens(tokens));
+      ASSERT_TRUE(compressor->compress(full.kernels(), full.layer(64), {0, tokens}, full.queries(32, tokens - 32),
+                                       resident.layer(0)));
+      std::vector<std::byte> staging(static_cast<size_t>(pages) * page_bytes(kShape));
+      Wire wire(kShape, {.ring_layers = 1, .slot_pages = pages}, staging.data());
+      const bool exact = compressor->format().exact();
+      const auto fetch = wire.fetch({{.full = &stored, .exact = exact ? &resident : nullptr, .pages = pages}});
+      wire.wait(*fetch, 0);
+      EXPECT_FALSE(fetch->corrupt(0));
+      EXPECT_EQ(fetch->bytes(), compressor->wire_bytes(tokens, kShape)) << spec << " at " << tokens;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace vericache

@@ -1,0 +1,157 @@
+#include <gtest/gtest.h>
+#include <rapidcheck.h>
+#include <rapidcheck/gtest.h>
+
+#include "base/error.h"
+#include "compress/compressor.h"
+
+namespace vericache {
+namespace {
+
+TEST(CompressorFactory, ReadsWhatItNames) {
+  const std::pair<const char*, const char*> specs[] = {
+      {"none", "none"},
+      {"kivi", "kivi:bits=4"},
+      {"kivi:bits=2", "kivi:bits=2"},
+      {"kivi:bits=8", "kivi:bits=8"},
+      {"kivi:k=8,v=4", "kivi:k=8,v=4"},
+      {"kivi:v=2", "kivi:k=4,v=2"},
+      {"kivi:k=16,v=4", "kivi:k=16,v=4"},
+      {"kivi:bits=4,v=4,k=4", "kivi:bits=4"},
+      {"streaming-llm", "streaming-llm:sinks=4,window=1024"},
+      {"streaming-llm:window=0.25", "streaming-llm:sinks=4,window=0.25"},
+      {"streaming-llm:window=7,sinks=0", "streaming-llm:sinks=0,window=7"},
+      {"snapkv", "snapkv:budget=0.2,window=32,kernel=7"},
+      {"snapkv:budget=4096,window=16,kernel=1", "snapkv:budget=4096,window=16,kernel=1"},
+      {"snapkv:budget=0.00001", "snapkv:budget=1e-05,window=32,kernel=7"},
+      {"snapkv:budget=16777216", "snapkv:budget=16777216,window=32,kernel=7"},
+      {"snapkv:budget=0.3+kivi", "snapkv:budget=0.3,window=32,kernel=7+kivi:bits=4"},
+      {"streaming-llm+kivi:k=8,v=2", "streaming-llm:sinks=4,window=1024+kivi:k=8,v=2"},
+  };
+  for (const auto& [spec, name] : specs) {
+    EXPECT_EQ(make_compressor(spec)->name(), name);
+    const std::unique_ptr<Compressor> again = make_compressor(name);
+    EXPECT_EQ(again->name(), name);
+    EXPECT_EQ(again->format(), make_compressor(spec)->format());
+  }
+  EXPECT_EQ(make_compressor("snapkv:window=99")->query_window(), 99);
+  EXPECT_EQ(make_compressor("kivi:k=2,v=8")->format(), (KvFormat{2, 8}));
+  EXPECT_TRUE(make_compressor("none")->format().exact());
+  EXPECT_TRUE(make_compressor("snapkv")->chooses_anew());
+  EXPECT_FALSE(make_compressor("kivi")->chooses_anew());
+}
+
+TEST(CompressorFactory, RefusesEverythingElseAndSaysWhatThereIs) {
+  for (const char* spec : {"",
+                           "None",
+                           " none",
+                           "none ",
+                           "none:bits=4",
+                           "h2o",
+                           "kivi:",
+                           "kivi:bits",
+                           "kivi:bits=",
+                           "kivi:bits=3",
+                           "kivi:bits=16",
+                           "kivi:bits=4.5",
+                           "kivi:bits=-4",
+                           "kivi:bits=1e99",
+                           "kivi:bits=nan",
+                           "kivi:bits=inf",
+                           "kivi:bits=4,bits=4",
+                           "kivi:k=16,v=16",
+                           "kivi:window=3",
+                           "kivi:bits=4 ",
+                           "kivi:bits=0x4",
+                           "streaming-llm:sinks=-1",
+                           "streaming-llm:sinks=1.5",
+                           "streaming-llm:window=99999999999",
+                           "streaming-llm:window=-0.1",
+                           "streaming_llm",
+                           "snapkv:budget=-1",
+                           "snapkv:budget=nan",
+                           "snapkv:kernel=0",
+                           "snapkv:kernel=4",
+                           "snapkv:kernel=257",
+                           "snapkv:window=0",
+                           "snapkv:window=257",
+                           "snapkv:,",
+                           "snapkv:=",
+                           "snapkv:budget=0.2,,window=4",
+                           "+",
+                           "+kivi",
+                           "snapkv+",
+                           "none+kivi",
+                           "kivi+kivi",
+                           "snapkv+none",
+                           "snapkv+streaming-llm",
+                           "snapkv+kivi+kivi",
+                           "snapkv+kivi:k=16,v=16",
+                           "snapkv+kivi:bits=5",
+                           "snapkv:budget=1e+3",
+                           "\xff\xfe",
+                           "{}",
+                           "kivi:{}={}"}) {
+    if (std::string_view(spec) == "kivi:") {
+      EXPECT_EQ(make_compressor(spec)->name(), "kivi:bits=4");  // no options are given
+      continue;
+    }
+    try {
+      make_compressor(spec);
+      ADD_FAILURE() << "'" << spec << "' is taken";
+    } catch (const UsageError& error) {
+      const std::string_view message = error.what();
+      EXPECT_NE(message.find(compressor_help()), std::string_view::npos) << message;
+      EXPECT_EQ(message.find('\n'), std::string_view::npos);
+    }
+  }
+}
+
+// Pieces of specs in any order: a compressor whose name reads back, or a UsageError.
+RC_GTEST_PROP(CompressorFactory, RandomTextNeverCrashes, ()) {
+  static const std::vector<std::string> pieces{"none",   "kivi",  "snapkv", "streaming-llm",
+                                               ":",      ",",     "=",      "+",
+                                               "bits",   "k",     "v",      "budget",
+                                               "window", "sinks", "kernel", "0",
+                                               "1",      "2",     "4",      "8",
+                                               "16",     "0.3",   "1e9",    "-",
+                                               "nan",    "inf",   " ",      "\xc3",
+                                               "{}",     "%s",    "33",     "9999999999999999999999"};
+  std::string text;
+  const auto chosen = *rc::gen::container<std::vector<size_t>>(rc::gen::inRange<size_t>(0, pieces.size() + 8));
+  for (const size_t i : chosen) {
+    text += i < pieces.size() ? pieces[i] : *rc::gen::arbitrary<std::string>();
+  }
+  std::unique_ptr<Compressor> compressor;
+  try {
+    compressor = make_compressor(text);
+  } catch (const UsageError&) {
+    return;
+  }
+  RC_ASSERT(make_compressor(compressor->name())->name() == compressor->name());
+}
+
+// Valid specs of any values: what is admitted grows with the context, and never keeps more than there is.
+RC_GTEST_PROP(CompressorFactory, RandomOptionsReadBack, ()) {
+  const std::string share = std::to_string(*rc::gen::inRange(0, 3000)) + (*rc::gen::arbitrary<bool>() ? "e-3" : "");
+  std::string spec = *rc::gen::arbitrary<bool>()
+                         ? "snapkv:budget=" + share + ",kernel=" + std::to_string(2 * *rc::gen::inRange(0, 127) + 1) +
+                               ",window=" + std::to_string(*rc::gen::inRange(1, 257))
+                         : "streaming-llm:window=" + share + ",sinks=" + std::to_string(*rc::gen::inRange(0, 3000));
+  if (*rc::gen::arbitrary<bool>()) {
+    spec += "+kivi:k=" + *rc::gen::element<std::string>("2", "4", "8", "16") +
+            ",v=" + *rc::gen::element<std::string>("2", "4", "8");
+  }
+  const std::unique_ptr<Compressor> compressor = make_compressor(spec);
+  RC_ASSERT(make_compressor(compressor->name())->name() == compressor->name());
+  int before = 0;
+  for (int tokens = 0; tokens <= 40 * kPageTokens; tokens += 1 + tokens / 7) {
+    const int kept = compressor->kept_tokens(tokens);
+    RC_ASSERT(kept >= before && kept <= tokens);
+    RC_ASSERT(make_compressor(compressor->name())->kept_tokens(tokens) == kept);
+    before = kept;
+  }
+}
+
+}  // namespace
+}  // namespace vericache
