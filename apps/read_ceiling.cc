@@ -12,14 +12,14 @@
 
 namespace vericache {
 
-double read_ceiling_gbps(Kernels& kernels, int threads) {
-  constexpr size_t kBytes = size_t{512} << 20;
-  constexpr int kTimes = 5;
-  constexpr size_t kLanes = 16;  // independent sums, so that the adds do not wait for each other
-  const std::unique_ptr<Device> device = make_cpu_device(kBytes);
-  auto* words = device->allocate_array<uint64_t>(kBytes / sizeof(uint64_t), "the buffer that measures bandwidth");
+double read_ceiling_gbps(Kernels& kernels, int threads, size_t bytes) {
+  constexpr int kTimes = 12;
+  constexpr size_t kAhead = 256;  // words that are asked for before they are read
+  constexpr size_t kLanes = 16;   // independent sums, so that the adds do not wait for each other
+  const std::unique_ptr<Device> device = make_cpu_device(bytes + 4096);
+  auto* words = device->allocate_array<uint64_t>(bytes / sizeof(uint64_t), "the buffer that measures bandwidth");
   const int parts = threads * 16;
-  const size_t part_words = kBytes / sizeof(uint64_t) / static_cast<size_t>(parts) / kLanes * kLanes;
+  const size_t part_words = bytes / sizeof(uint64_t) / static_cast<size_t>(parts) / kLanes * kLanes;
   // Pages that were never written are all the same zero page: write each once.
   kernels.parallel_for(parts, [&](int part) {
     for (size_t i = 0; i < part_words; i += 64) {
@@ -34,6 +34,8 @@ double read_ceiling_gbps(Kernels& kernels, int threads) {
       const uint64_t* from = words + static_cast<size_t>(part) * part_words;
       std::array<uint64_t, kLanes> sums{};
       for (size_t i = 0; i < part_words; i += kLanes) {
+        __builtin_prefetch(from + i + kAhead);
+        __builtin_prefetch(from + i + kAhead + kLanes / 2);
         for (size_t lane = 0; lane < kLanes; ++lane) {
           sums[lane] += from[i + lane];
         }

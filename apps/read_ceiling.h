@@ -6,7 +6,8 @@
 
 namespace vericache {
 
-// GB/s of summing 512 MB that no cache holds, the best of five times.
-double read_ceiling_gbps(Kernels& kernels, int threads);
+// GB/s of reading `bytes` bytes again and again, the best of several times. What of them a cache can keep it keeps, as
+// in decoding.
+double read_ceiling_gbps(Kernels& kernels, int threads, size_t bytes);
 
 }  // namespace vericache

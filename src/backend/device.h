@@ -17,7 +17,9 @@ class Device {
   // Zeroed, aligned to 4096 bytes. Error, naming `what` and the remedy, when it would exceed the budget.
   std::byte* allocate(size_t bytes, std::string_view what);
   template <typename T>
-  T* allocate_array(size_t count, std::string_view what) { return reinterpret_cast<T*>(allocate(count * sizeof(T), what)); }
+  T* allocate_array(size_t count, std::string_view what) {
+    return reinterpret_cast<T*>(allocate(count * sizeof(T), what));
+  }
 
   size_t budget() const { return budget_; }
   size_t used() const { return used_; }

@@ -1,4 +1,5 @@
-// How attention sees KV: pages of 64 tokens per head, in one of the storage formats. Plain data; any thread may read it.
+// How attention sees KV: pages of 64 tokens per head, in one of the storage formats.
+// Plain data; any thread may read it.
 #pragma once
 
 #include <cstddef>
@@ -21,7 +22,8 @@ struct KvShape {
   friend bool operator==(const KvShape&, const KvShape&) = default;
 };
 
-// How the keys and values of a head page are stored: 16 = bf16 as computed, 2 / 4 / 8 = affine codes (KIVI, Liu et al. 2024).
+// How the keys and values of a head page are stored: 16 = bf16 as computed, 2 / 4 / 8 = affine codes (KIVI, Liu et al.
+// 2024).
 struct KvFormat {
   int key_bits = 16;
   int value_bits = 16;
@@ -32,15 +34,17 @@ struct KvFormat {
 // A head page holds 64 tokens of one layer and one KV head: first K, then V.
 //
 // bf16 layout, that of a packed matrix panel, so that the matrix units read it as it lies:
-//   K: (64 / 16 token panels, key_dim / 2, 16 tokens, 2)   element (t, d) at ((t/16 * key_dim/2 + d/2) * 16 + t%16) * 2 + d%2
-//   V: (head_dim / 16 panels, 64 / 2, 16 dims, 2)          element (t, d) at ((d/16 * 32 + t/2) * 16 + d%16) * 2 + t%2
+//   K: (64 / 16 token panels, key_dim / 2, 16 tokens, 2)   element (t, d) at ((t/16 * key_dim/2 + d/2) * 16 + t%16) * 2
+//   + d%2 V: (head_dim / 16 panels, 64 / 2, 16 dims, 2)          element (t, d) at ((d/16 * 32 + t/2) * 16 + d%16) * 2
+//   + t%2
 // A panel row is 16 lanes of two values: (d, d+1) of one token for K, (t, t+1) of one dim for V.
 //
 // Quantized layout, per K or V part: codes of all panel rows in the same order, then per value index of a pair
 // (K: channel, key_dim of them; V: token, 64 of them) a bf16 scale and a bf16 minimum. value = minimum + code * scale.
 //   8 bits: 16 lanes x 16 bits per row, low byte the first of the pair.
 //   4 bits: 16 lanes x 8 bits per row, low nibble the first of the pair.
-//   2 bits: 16 lanes x 8 bits per two rows (2r, 2r+1): bits 0-1 and 2-3 the pair of row 2r, 4-5 and 6-7 that of row 2r+1.
+//   2 bits: 16 lanes x 8 bits per two rows (2r, 2r+1): bits 0-1 and 2-3 the pair of row 2r, 4-5 and 6-7 that of row
+//   2r+1.
 inline size_t key_page_bytes(int bits, const KvShape& shape) {
   const size_t values = size_t{kPageTokens} * static_cast<size_t>(shape.key_dim());
   return bits == 16 ? values * 2 : values * static_cast<size_t>(bits) / 8 + static_cast<size_t>(shape.key_dim()) * 4;
@@ -52,21 +56,28 @@ inline size_t value_page_bytes(int bits, const KvShape& shape) {
 inline size_t head_page_bytes(const KvFormat& format, const KvShape& shape) {
   return key_page_bytes(format.key_bits, shape) + value_page_bytes(format.value_bits, shape);
 }
-// A page: all KV heads of one layer, bf16, head pages one after the other. The unit of the full KV, the tail and the wire.
+// A page: all KV heads of one layer, bf16, head pages one after the other. The unit of the full KV, the tail and the
+// wire.
 inline size_t page_bytes(const KvShape& shape) {
   return static_cast<size_t>(shape.kv_heads) * head_page_bytes(KvFormat{}, shape);
 }
 
 inline size_t key_index(int token, int dim, const KvShape& shape) {
-  return ((static_cast<size_t>(token / 16) * static_cast<size_t>(shape.key_dim() / 2) + static_cast<size_t>(dim / 2)) * 16 +
-          static_cast<size_t>(token % 16)) * 2 + static_cast<size_t>(dim % 2);
+  return ((static_cast<size_t>(token / 16) * static_cast<size_t>(shape.key_dim() / 2) + static_cast<size_t>(dim / 2)) *
+              16 +
+          static_cast<size_t>(token % 16)) *
+             2 +
+         static_cast<size_t>(dim % 2);
 }
 inline size_t value_index(int token, int dim) {
   return ((static_cast<size_t>(dim / 16) * (kPageTokens / 2) + static_cast<size_t>(token / 2)) * 16 +
-          static_cast<size_t>(dim % 16)) * 2 + static_cast<size_t>(token % 2);
+          static_cast<size_t>(dim % 16)) *
+             2 +
+         static_cast<size_t>(token % 2);
 }
 
-// KV of one sequence and one layer. Heads may hold different tokens and different counts; pages are full except a head's last.
+// KV of one sequence and one layer. Heads may hold different tokens and different counts; pages are full except a
+// head's last.
 struct KvView {
   KvFormat format;
   std::byte* const* head_pages = nullptr;  // (kv_heads, page_stride)
@@ -75,8 +86,9 @@ struct KvView {
   std::byte* head_page(int head, int page) const { return head_pages[head * page_stride + page]; }
 };
 
-// What a row attends to: past, then tail. Every past token precedes every row. The tail is bf16 and holds the tokens from the
-// absolute position tail_position on, which is a multiple of 64 when past is the full KV; a row sees those up to its own.
+// What a row attends to: past, then tail. Every past token precedes every row. The tail is bf16 and holds the tokens
+// from the absolute position tail_position on, which is a multiple of 64 when past is the full KV; a row sees those up
+// to its own.
 struct LayerKv {
   KvView past;
   KvView tail;

@@ -1,4 +1,5 @@
 // bf16: the 16-bit storage type of weights and KV. Arithmetic is done in float.
+// Plain data; any thread.
 #pragma once
 
 #include <bit>
@@ -11,7 +12,9 @@ struct bf16 {
   friend bool operator==(bf16, bf16) = default;
 };
 
-inline float to_float(bf16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
+inline float to_float(bf16 x) {
+  return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16);
+}
 
 // Round to nearest, ties to even; NaN stays NaN (quiet).
 inline bf16 to_bf16(float x) {

@@ -1,4 +1,5 @@
-// Error: what went wrong at start-up (flags, files, memory), where, and what to do. Thrown from any thread that loads; caught once in main.
+// Error: what went wrong at start-up (flags, files, memory), where, and what to do.
+// Thrown from any thread that loads; caught once in main.
 #pragma once
 
 #include <fmt/format.h>

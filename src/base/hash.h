@@ -1,4 +1,5 @@
 // Hashes: XXH3-64 of bytes, for checksums of KV blocks and of chosen logit rows.
+// Pure functions; any thread.
 #pragma once
 
 #include <cstddef>

@@ -1,4 +1,5 @@
 // The token id, shared by the text and the engine.
+// Plain data; any thread.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// Compressor: what of the full KV stays in device memory, and in which form. full = join(resident, residual), bit for bit.
-// Called from the engine's thread, layer by layer, while a full pass has the layer at hand.
+// Compressor: what of the full KV stays in device memory, and in which form. full = join(resident, residual), bit for
+// bit. Called from the engine's thread, layer by layer, while a full pass has the layer at hand.
 #pragma once
 
 #include <memory>
@@ -32,7 +32,7 @@ struct FullLayer {
 struct Attended {
   int heads = 0;
   float scale = 0;
-  const bf16* q = nullptr;               // (rows, heads, key_dim)
+  const bf16* q = nullptr;             // (rows, heads, key_dim)
   const float* log_sum_exp = nullptr;  // (rows, heads)
   int rows = 0;
   int position = 0;  // of the first of them; they are consecutive
@@ -45,11 +45,12 @@ class Compressor {
   virtual KvFormat format() const = 0;   // how attention reads the resident part
   // Queries per layer that compress() wants to see; 0 = none.
   virtual int query_window() const { return 0; }
-  // Whether compress() wants the layer only when decoding may begin (at the prompt's end and at every verification), because it
-  // chooses among all tokens anew; otherwise it is called for every fold and extends.
+  // Whether compress() wants the layer only when decoding may begin (at the prompt's end and at every verification),
+  // because it chooses among all tokens anew; otherwise it is called for every fold and extends.
   virtual bool chooses_anew() const { return false; }
 
-  // The most that `tokens` tokens of a sequence occupy in device memory, all layers, in whole head pages. For admission.
+  // The most that `tokens` tokens of a sequence occupy in device memory, all layers, in whole head pages. For
+  // admission.
   size_t resident_bytes(int tokens, const KvShape& shape) const;
   // The most resident tokens of one head out of `tokens`.
   virtual int kept_tokens(int tokens) const { return tokens; }
@@ -58,11 +59,12 @@ class Compressor {
 
   // Makes `out` stand for tokens [0, fresh.end) of `full`; it stands for [0, fresh.begin) now.
   // false: the pool is out of pages (admission reserves them, so this is a bug where it is checked).
-  virtual bool compress(Kernels& kernels, const FullLayer& full, TokenRange fresh, const Attended& seen, ResidentLayer& out) = 0;
+  virtual bool compress(Kernels& kernels, const FullLayer& full, TokenRange fresh, const Attended& seen,
+                        ResidentLayer& out) = 0;
 };
 
-// "none", "kivi:bits=4", "kivi:k=8,v=4", "streaming-llm:sinks=4,window=1024", "snapkv:budget=0.2", "snapkv:budget=0.2+kivi:bits=4".
-// UsageError, listing what there is, for an unknown name, option or value.
+// "none", "kivi:bits=4", "kivi:k=8,v=4", "streaming-llm:sinks=4,window=1024", "snapkv:budget=0.2",
+// "snapkv:budget=0.2+kivi:bits=4". UsageError, listing what there is, for an unknown name, option or value.
 std::unique_ptr<Compressor> make_compressor(std::string_view spec);
 // One line per method, for --help and for messages.
 std::string_view compressor_help();

@@ -13,8 +13,10 @@ namespace vericache {
 namespace {
 
 constexpr std::string_view kHelp =
-    "none | kivi[:bits=2|4|8 or k=..,v=..] | streaming-llm[:sinks=4,window=1024] | snapkv[:budget=0.2,window=32,kernel=7]; "
-    "the last two with +kivi... appended quantize what they keep; budget and window are a share of the context (up to 1) or tokens";
+    "none | kivi[:bits=2|4|8 or k=..,v=..] | streaming-llm[:sinks=4,window=1024] | "
+    "snapkv[:budget=0.2,window=32,kernel=7]; "
+    "the last two with +kivi... appended quantize what they keep; budget and window are a share of the context (up to "
+    "1) or tokens";
 
 // "name:key=value,key=value": the options of one method, each read once with its range.
 class Spec {
@@ -27,7 +29,8 @@ class Spec {
       const size_t comma = rest.find(',');
       const std::string_view option = rest.substr(0, comma);
       const size_t equals = option.find('=');
-      if (equals == std::string_view::npos || !options_.emplace(option.substr(0, equals), option.substr(equals + 1)).second) {
+      if (equals == std::string_view::npos ||
+          !options_.emplace(option.substr(0, equals), option.substr(equals + 1)).second) {
         fail(fmt::format("'{}' is not one key=value", option));
       }
       rest = comma == std::string_view::npos ? "" : rest.substr(comma + 1);
@@ -69,7 +72,9 @@ class Spec {
       fail(fmt::format("unknown option '{}'", options_.begin()->first));
     }
   }
-  [[noreturn]] void fail(std::string_view why) const { throw UsageError("compressor '{}': {}; there is: {}", text_, why, kHelp); }
+  [[noreturn]] void fail(std::string_view why) const {
+    throw UsageError("compressor '{}': {}; there is: {}", text_, why, kHelp);
+  }
 
  private:
   std::string_view text_;
@@ -89,7 +94,9 @@ KvFormat read_kivi(Spec& spec) {
 
 }  // namespace
 
-std::string_view compressor_help() { return kHelp; }
+std::string_view compressor_help() {
+  return kHelp;
+}
 
 std::unique_ptr<Compressor> make_compressor(std::string_view text) {
   const size_t plus = text.find('+');

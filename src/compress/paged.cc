@@ -14,10 +14,13 @@ std::string PagedCompressor::name() const {
 
 // Nothing crosses for what is kept as it was; a quantized page crosses whole, as bf16.
 size_t PagedCompressor::wire_bytes(int tokens, const KvShape& shape) const {
-  return format_.exact() ? 0 : static_cast<size_t>(tokens / kPageTokens) * static_cast<size_t>(shape.layers) * page_bytes(shape);
+  return format_.exact()
+             ? 0
+             : static_cast<size_t>(tokens / kPageTokens) * static_cast<size_t>(shape.layers) * page_bytes(shape);
 }
 
-bool PagedCompressor::compress(Kernels& kernels, const FullLayer& full, TokenRange fresh, const Attended& /*seen*/, ResidentLayer& out) {
+bool PagedCompressor::compress(Kernels& kernels, const FullLayer& full, TokenRange fresh, const Attended& /*seen*/,
+                               ResidentLayer& out) {
   const KvShape& shape = full.shape;
   for (int head = 0; head < shape.kv_heads; ++head) {
     if (!out.resize(head, fresh.end)) {

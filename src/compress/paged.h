@@ -1,5 +1,6 @@
-// PagedCompressor: keeps every token, page by page, in some format: bf16 as computed ("none") or affine codes (KIVI, Liu et al. 2024,
-// sections 3 and 4: keys per channel, values per token; a group is the 64 tokens of a page). Extends; never looks back.
+// PagedCompressor: keeps every token, page by page, in some format: bf16 as computed ("none") or affine codes (KIVI,
+// Liu et al. 2024, sections 3 and 4: keys per channel, values per token; a group is the 64 tokens of a page). Extends;
+// never looks back.
 #pragma once
 
 #include <string>
@@ -14,7 +15,8 @@ class PagedCompressor final : public Compressor {
   std::string name() const override;
   KvFormat format() const override { return format_; }
   size_t wire_bytes(int tokens, const KvShape& shape) const override;
-  bool compress(Kernels& kernels, const FullLayer& full, TokenRange fresh, const Attended& seen, ResidentLayer& out) override;
+  bool compress(Kernels& kernels, const FullLayer& full, TokenRange fresh, const Attended& seen,
+                ResidentLayer& out) override;
 
  private:
   KvFormat format_;

@@ -33,7 +33,9 @@ int Budget::tokens_of(int tokens) const {
   return std::min(tokens, std::max(wanted, least));
 }
 
-std::string ScoringCompressor::format_suffix() const { return format_.exact() ? "" : "+" + PagedCompressor(format_).name(); }
+std::string ScoringCompressor::format_suffix() const {
+  return format_.exact() ? "" : "+" + PagedCompressor(format_).name();
+}
 
 size_t ScoringCompressor::wire_bytes(int tokens, const KvShape& shape) const {
   const int whole = tokens / kPageTokens * kPageTokens;
@@ -41,7 +43,8 @@ size_t ScoringCompressor::wire_bytes(int tokens, const KvShape& shape) const {
   return static_cast<size_t>(crossing) * (page_bytes(shape) / kPageTokens) * static_cast<size_t>(shape.layers);
 }
 
-bool ScoringCompressor::compress(Kernels& kernels, const FullLayer& full, TokenRange fresh, const Attended& seen, ResidentLayer& out) {
+bool ScoringCompressor::compress(Kernels& kernels, const FullLayer& full, TokenRange fresh, const Attended& seen,
+                                 ResidentLayer& out) {
   const int tokens = fresh.end;
   const int heads = full.shape.kv_heads;
   scores_.resize(static_cast<size_t>(heads) * static_cast<size_t>(tokens));
@@ -54,7 +57,8 @@ bool ScoringCompressor::compress(Kernels& kernels, const FullLayer& full, TokenR
   }
   kernels.parallel_for(heads, [&](int head) {
     // A NaN score (the model overflowed) would break the order: it counts as worthless.
-    const std::span<float> scores(scores_.data() + static_cast<size_t>(head) * static_cast<size_t>(tokens), static_cast<size_t>(tokens));
+    const std::span<float> scores(scores_.data() + static_cast<size_t>(head) * static_cast<size_t>(tokens),
+                                  static_cast<size_t>(tokens));
     for (float& value : scores) {
       value = std::isnan(value) ? -INFINITY : value;
     }

@@ -8,7 +8,8 @@
 namespace vericache {
 
 std::string SnapKv::name() const {
-  return fmt::format("snapkv:budget={},window={},kernel={}{}", options_.budget.amount, options_.window, options_.kernel, format_suffix());
+  return fmt::format("snapkv:budget={},window={},kernel={}{}", options_.budget.amount, options_.window, options_.kernel,
+                     format_suffix());
 }
 
 void SnapKv::score(Kernels& kernels, const FullLayer& full, int tokens, const Attended& seen, std::span<float> scores) {

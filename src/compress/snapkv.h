@@ -1,5 +1,5 @@
-// SnapKV (Li et al. 2024, section 4): the attention mass that the last queries spend on each token, pooled over neighbours, per head.
-// Chosen at the prompt's end and, because verification sees the full KV, again after every round.
+// SnapKV (Li et al. 2024, section 4): the attention mass that the last queries spend on each token, pooled over
+// neighbours, per head. Chosen at the prompt's end and, because verification sees the full KV, again after every round.
 #pragma once
 
 #include "compress/scoring.h"
@@ -20,7 +20,8 @@ class SnapKv final : public ScoringCompressor {
   int kept_tokens(int tokens) const override { return options_.budget.tokens_of(tokens); }
 
  private:
-  void score(Kernels& kernels, const FullLayer& full, int tokens, const Attended& seen, std::span<float> scores) override;
+  void score(Kernels& kernels, const FullLayer& full, int tokens, const Attended& seen,
+             std::span<float> scores) override;
 
   SnapKvOptions options_;
   std::vector<float> mass_;  // grows to (kv_heads, longest context)

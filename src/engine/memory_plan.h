@@ -1,4 +1,5 @@
-// MemoryPlan: how the device's and the host's memory are cut into pools at start. Pure arithmetic.
+// MemoryPlan: how the device's and the host's memory are cut into pools at start.
+// Pure arithmetic; any thread.
 #pragma once
 
 #include <cstddef>

@@ -1,4 +1,5 @@
-// PassCost: what passes of this engine have cost lately, so that the horizon can be weighed. Numbers in, numbers out.
+// PassCost: what passes of this engine have cost lately, so that the horizon can be weighed.
+// Numbers in, numbers out; the engine's thread.
 #pragma once
 
 #include <algorithm>
@@ -19,8 +20,8 @@ class PassCost {
     xx_ += rows * rows;
     xy_ += rows * seconds;
   }
-  // Rows that hardly differ say nothing of the slope, and noise must not make the pass itself look free: base is at least a quarter
-  // of the mean.
+  // Rows that hardly differ say nothing of the slope, and noise must not make the pass itself look free: base is at
+  // least a quarter of the mean.
   double per_row() const {
     const double spread = n_ * xx_ - x_ * x_;
     if (spread <= 1e-3 * n_ * xx_) {

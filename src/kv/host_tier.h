@@ -1,5 +1,6 @@
-// Host tier: the full KV of every sequence in host memory, in extents of one layer, with a checksum per page. Reservation on the
-// engine's thread; pages are written and read by the wire's workers, each page by one of them at a time.
+// Host tier: the full KV of every sequence in host memory, in extents of one layer, with a checksum per page.
+// Reservation on the engine's thread; pages are written and read by the wire's workers, each page by one of them at a
+// time.
 #pragma once
 
 #include <atomic>
@@ -13,12 +14,15 @@
 
 namespace vericache {
 
-// An extent holds pages of one layer that lie together: 1 MiB or more, the size from which a transfer runs at the link's speed.
+// An extent holds pages of one layer that lie together: 1 MiB or more, the size from which a transfer runs at the
+// link's speed.
 inline int extent_pages(const KvShape& shape) {
   constexpr size_t kExtentBytes = size_t{1} << 20;
   return static_cast<int>((kExtentBytes + page_bytes(shape) - 1) / page_bytes(shape));
 }
-inline size_t extent_bytes(const KvShape& shape) { return static_cast<size_t>(extent_pages(shape)) * page_bytes(shape); }
+inline size_t extent_bytes(const KvShape& shape) {
+  return static_cast<size_t>(extent_pages(shape)) * page_bytes(shape);
+}
 // Extents that `pages` pages of every layer take.
 inline int extents_for(int pages, const KvShape& shape) {
   return (pages + extent_pages(shape) - 1) / extent_pages(shape) * shape.layers;
@@ -38,13 +42,18 @@ class FullKv {
   void set_stored(int pages) { stored_.store(pages, std::memory_order_release); }
 
   std::byte* page(int layer, int page) const {
-    return extents_[static_cast<size_t>(layer * extents_per_layer_ + page / extent_pages_)] +
+    return extents_[static_cast<size_t>(layer) * static_cast<size_t>(extents_per_layer_) +
+                    static_cast<size_t>(page / extent_pages_)] +
            static_cast<size_t>(page % extent_pages_) * page_bytes_;
   }
-  uint64_t& checksum(int layer, int page) { return checksums_[static_cast<size_t>(layer * max_pages_ + page)]; }
-  uint64_t checksum(int layer, int page) const { return checksums_[static_cast<size_t>(layer * max_pages_ + page)]; }
+  uint64_t& checksum(int layer, int page) { return checksums_[checksum_index(layer, page)]; }
+  uint64_t checksum(int layer, int page) const { return checksums_[checksum_index(layer, page)]; }
 
  private:
+  size_t checksum_index(int layer, int page) const {
+    return static_cast<size_t>(layer) * static_cast<size_t>(max_pages_) + static_cast<size_t>(page);
+  }
+
   PagePool& pool_;
   int max_pages_;
   int extent_pages_;

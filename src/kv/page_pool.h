@@ -1,4 +1,5 @@
-// PagePool: equal blocks of memory, all taken at start. A full pool gives null and the caller waits. One thread.
+// PagePool: equal blocks of memory, all taken at start. A full pool gives null and the caller waits.
+// One thread.
 #pragma once
 
 #include <cstddef>
@@ -11,7 +12,8 @@ namespace vericache {
 class PagePool {
  public:
   // `memory` holds count blocks of block_bytes each and outlives the pool.
-  PagePool(std::byte* memory, size_t block_bytes, int count) : memory_(memory), block_bytes_(block_bytes), count_(count) {
+  PagePool(std::byte* memory, size_t block_bytes, int count)
+      : memory_(memory), block_bytes_(block_bytes), count_(count) {
     free_.reserve(static_cast<size_t>(count));
     for (int i = count - 1; i >= 0; --i) {
       free_.push_back(memory + static_cast<size_t>(i) * block_bytes);

@@ -3,12 +3,17 @@
 namespace vericache {
 namespace {
 
-int pages_for(int tokens) { return (tokens + kPageTokens - 1) / kPageTokens; }
+int pages_for(int tokens) {
+  return (tokens + kPageTokens - 1) / kPageTokens;
+}
 
 }  // namespace
 
 ResidentLayer::ResidentLayer(const KvShape& shape, const KvFormat& format, PagePool& pool, int max_pages)
-    : shape_(shape), format_(format), pool_(&pool), max_pages_(max_pages),
+    : shape_(shape),
+      format_(format),
+      pool_(&pool),
+      max_pages_(max_pages),
       tokens_(static_cast<size_t>(shape.kv_heads)),
       table_(static_cast<size_t>(shape.kv_heads) * static_cast<size_t>(max_pages)),
       positions_(static_cast<size_t>(shape.kv_heads)) {

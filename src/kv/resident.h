@@ -1,5 +1,6 @@
-// Resident KV: the compressed part of a sequence, in device memory, per layer and head. Heads may keep different tokens and counts.
-// Changed by the engine's thread while a full pass has the layer; the wire reads a layer's exact part to join it with its residual.
+// Resident KV: the compressed part of a sequence, in device memory, per layer and head. Heads may keep different tokens
+// and counts. Changed by the engine's thread while a full pass has the layer; the wire reads a layer's exact part to
+// join it with its residual.
 #pragma once
 
 #include <span>
@@ -24,7 +25,9 @@ class ResidentLayer {
   void clear();
 
   int tokens(int head) const { return tokens_[static_cast<size_t>(head)]; }
-  std::byte* head_page(int head, int page) const { return table_[static_cast<size_t>(head * max_pages_ + page)]; }
+  std::byte* head_page(int head, int page) const {
+    return table_[static_cast<size_t>(head) * static_cast<size_t>(max_pages_) + static_cast<size_t>(page)];
+  }
   // Which tokens a head holds, ascending; slot i holds positions(head)[i]. Empty for compressors that keep all tokens.
   std::vector<int>& positions(int head) { return positions_[static_cast<size_t>(head)]; }
   std::span<const int> positions(int head) const { return positions_[static_cast<size_t>(head)]; }
@@ -39,8 +42,8 @@ class ResidentLayer {
   KvFormat format_;
   PagePool* pool_;
   int max_pages_;
-  std::vector<int> tokens_;                   // (kv_heads)
-  std::vector<std::byte*> table_;             // (kv_heads, max_pages)
+  std::vector<int> tokens_;                  // (kv_heads)
+  std::vector<std::byte*> table_;            // (kv_heads, max_pages)
   std::vector<std::vector<int>> positions_;  // (kv_heads)
 };
 

@@ -5,7 +5,9 @@
 namespace vericache {
 
 Tail::Tail(const KvShape& shape, PagePool& pool, int max_sets)
-    : shape_(shape), pool_(pool), max_sets_(max_sets),
+    : shape_(shape),
+      pool_(pool),
+      max_sets_(max_sets),
       table_(static_cast<size_t>(shape.layers) * static_cast<size_t>(shape.kv_heads) * static_cast<size_t>(max_sets)) {
   sets_.reserve(static_cast<size_t>(max_sets));
 }
@@ -54,7 +56,9 @@ void Tail::fill_table() {
   const size_t head_bytes = head_page_bytes(KvFormat{}, shape_);
   for (int layer = 0; layer < shape_.layers; ++layer) {
     for (int head = 0; head < shape_.kv_heads; ++head) {
-      std::byte** row = table_.data() + (static_cast<size_t>(layer) * static_cast<size_t>(shape_.kv_heads) + static_cast<size_t>(head)) * static_cast<size_t>(max_sets_);
+      std::byte** row = table_.data() + (static_cast<size_t>(layer) * static_cast<size_t>(shape_.kv_heads) +
+                                         static_cast<size_t>(head)) *
+                                            static_cast<size_t>(max_sets_);
       for (size_t i = 0; i < sets_.size(); ++i) {
         row[i] = sets_[i] + static_cast<size_t>(layer) * page_bytes(shape_) + static_cast<size_t>(head) * head_bytes;
       }

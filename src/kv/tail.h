@@ -1,5 +1,5 @@
-// Tail: KV of the tokens not yet folded, bf16, in device memory. The partly filled last page always lives here. One thread, but
-// pages on their way out are read by the wire until it says so.
+// Tail: KV of the tokens not yet folded, bf16, in device memory. The partly filled last page always lives here. One
+// thread, but pages on their way out are read by the wire until it says so.
 #pragma once
 
 #include <vector>
@@ -10,7 +10,9 @@
 namespace vericache {
 
 // Blocks of the tail's pool are page sets: the page of every layer for the same 64 tokens, layer by layer.
-inline size_t page_set_bytes(const KvShape& shape) { return page_bytes(shape) * static_cast<size_t>(shape.layers); }
+inline size_t page_set_bytes(const KvShape& shape) {
+  return page_bytes(shape) * static_cast<size_t>(shape.layers);
+}
 
 class Tail {
  public:

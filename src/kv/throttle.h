@@ -1,4 +1,5 @@
-// Throttle: makes a worker as slow as a link of a given bandwidth. One worker each.
+// Throttle: makes a worker as slow as a link of a given bandwidth.
+// One worker each.
 #pragma once
 
 #include <chrono>
@@ -20,7 +21,8 @@ class Throttle {
     const Clock::time_point now = Clock::now();
     // Time the worker itself took since it turned to this transfer counts as carrying; time in which it idled does not.
     const Clock::time_point start = begin_ > free_at_ ? begin_ : free_at_;
-    free_at_ = start + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds_per_byte_ * static_cast<double>(bytes)));
+    free_at_ = start + std::chrono::duration_cast<Clock::duration>(
+                           std::chrono::duration<double>(seconds_per_byte_ * static_cast<double>(bytes)));
     late_ = {};
     if (free_at_ > now) {
       std::this_thread::sleep_until(free_at_);

@@ -13,8 +13,12 @@
 namespace vericache {
 
 Wire::Wire(const KvShape& shape, const WireOptions& options, std::byte* staging)
-    : shape_(shape), options_(options), staging_(staging), page_bytes_(page_bytes(shape)),
-      fetch_thread_([this] { fetch_worker(); }), store_thread_([this] { store_worker(); }) {}
+    : shape_(shape),
+      options_(options),
+      staging_(staging),
+      page_bytes_(page_bytes(shape)),
+      fetch_thread_([this] { fetch_worker(); }),
+      store_thread_([this] { store_worker(); }) {}
 
 Wire::~Wire() {
   {
@@ -52,21 +56,24 @@ void Wire::wait(const Fetch& fetch, int layer) {
 }
 
 std::byte* Wire::staged(const Fetch& fetch, int layer, int page) const {
-  const uint64_t slot = (fetch.first_ticket_ + static_cast<uint64_t>(layer)) % static_cast<uint64_t>(options_.ring_layers);
+  const uint64_t slot =
+      (fetch.first_ticket_ + static_cast<uint64_t>(layer)) % static_cast<uint64_t>(options_.ring_layers);
   return staging_ + (slot * static_cast<uint64_t>(options_.slot_pages) + static_cast<uint64_t>(page)) * page_bytes_;
 }
 
 void Wire::release(const Fetch& fetch, int layer) {
   {
     const std::lock_guard lock(mutex_);
-    check(fetch.first_ticket_ + static_cast<uint64_t>(layer) == released_ && released_ < arrived_, "layers are released in order");
+    check(fetch.first_ticket_ + static_cast<uint64_t>(layer) == released_ && released_ < arrived_,
+          "layers are released in order");
     ++released_;
   }
   condition_.notify_all();
 }
 
 void Wire::store(FullKv& full, int first, std::vector<const std::byte*> page_sets) {
-  check(first + static_cast<int>(page_sets.size()) <= full.max_pages(), "a store fits the room reserved for the sequence");
+  check(first + static_cast<int>(page_sets.size()) <= full.max_pages(),
+        "a store fits the room reserved for the sequence");
   {
     const std::lock_guard lock(mutex_);
     stores_.push_back({&full, first, std::move(page_sets)});
@@ -91,8 +98,10 @@ void Wire::note_change() {
 
 void Wire::inject_delay() {
   if (options_.inject_delay_us > 0) {
-    thread_local std::minstd_rand random(static_cast<unsigned>(std::hash<std::thread::id>{}(std::this_thread::get_id())));
-    std::this_thread::sleep_for(std::chrono::microseconds(std::uniform_int_distribution<int>(0, options_.inject_delay_us)(random)));
+    thread_local std::minstd_rand random(
+        static_cast<unsigned>(std::hash<std::thread::id>{}(std::this_thread::get_id())));
+    std::this_thread::sleep_for(
+        std::chrono::microseconds(std::uniform_int_distribution<int>(0, options_.inject_delay_us)(random)));
   }
 }
 
@@ -108,7 +117,8 @@ void Wire::fetch_worker() {
     fetches_.pop_front();
     for (int layer = 0; layer < shape_.layers; ++layer) {
       const uint64_t ticket = fetch->first_ticket_ + static_cast<uint64_t>(layer);
-      condition_.wait(lock, [&] { return closing_ || ticket < released_ + static_cast<uint64_t>(options_.ring_layers); });
+      condition_.wait(lock,
+                      [&] { return closing_ || ticket < released_ + static_cast<uint64_t>(options_.ring_layers); });
       if (closing_) {
         return;
       }
@@ -119,8 +129,10 @@ void Wire::fetch_worker() {
       const uint64_t before = fetch->bytes();
       bring_layer(*fetch, layer, staged(*fetch, layer, 0));
       throttle.spend(fetch->bytes() - before);
-      fetch->busy_us_.fetch_add(static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::microseconds>(
-          std::chrono::steady_clock::now() - begin).count()), std::memory_order_relaxed);
+      fetch->busy_us_.fetch_add(
+          static_cast<uint64_t>(
+              std::chrono::duration_cast<std::chrono::microseconds>(std::chrono::steady_clock::now() - begin).count()),
+          std::memory_order_relaxed);
       lock.lock();
       arrived_ = ticket + 1;
       note_change();
@@ -146,8 +158,8 @@ void Wire::bring_layer(Fetch& fetch, int layer, std::byte* slot) {
   }
 }
 
-// full = join(resident, residual). The copy from host memory stands for the residual's transfer: where the resident part is exact,
-// its tokens are taken from it and only the others count as carried.
+// full = join(resident, residual). The copy from host memory stands for the residual's transfer: where the resident
+// part is exact, its tokens are taken from it and only the others count as carried.
 size_t Wire::join_page(const FetchPart& part, int layer, int page, std::byte* staged) const {
   std::memcpy(staged, part.full->page(layer, page), page_bytes_);
   if (part.exact == nullptr) {

@@ -1,5 +1,5 @@
-// Wire: the link between the host tier and the device. One worker per direction; a fetch brings a pass's full KV layer by layer into
-// a ring of staging slots, a store takes finished pages out. Requests come from the engine's thread.
+// Wire: the link between the host tier and the device. One worker per direction; a fetch brings a pass's full KV layer
+// by layer into a ring of staging slots, a store takes finished pages out. Requests come from the engine's thread.
 #pragma once
 
 #include <atomic>
@@ -28,7 +28,8 @@ struct WireOptions {
 // What a fetch brings of one sequence: pages [0, pages) of every layer.
 struct FetchPart {
   const FullKv* full = nullptr;
-  const ResidentKv* exact = nullptr;  // resident tokens that need not cross (bf16, with positions); null = every token crosses
+  const ResidentKv* exact =
+      nullptr;  // resident tokens that need not cross (bf16, with positions); null = every token crosses
   int pages = 0;
   int first_staged = 0;  // its first page in the slot
 };
@@ -40,7 +41,9 @@ class Fetch {
   const std::vector<FetchPart>& parts() const { return parts_; }
   bool corrupt(size_t part) const { return corrupt_[part].load(std::memory_order_acquire); }
   uint64_t bytes() const { return bytes_.load(std::memory_order_relaxed); }  // crossed so far
-  double busy_seconds() const { return static_cast<double>(busy_us_.load(std::memory_order_relaxed)) * 1e-6; }  // on the wire so far
+  double busy_seconds() const {
+    return static_cast<double>(busy_us_.load(std::memory_order_relaxed)) * 1e-6;
+  }  // on the wire so far
 
  private:
   friend class Wire;
@@ -59,7 +62,8 @@ class Wire {
   Wire(const Wire&) = delete;
   Wire& operator=(const Wire&) = delete;
 
-  // Queues a fetch behind those before it. Resident parts and pages named in it must not change until its layer is released.
+  // Queues a fetch behind those before it. Resident parts and pages named in it must not change until its layer is
+  // released.
   std::shared_ptr<Fetch> fetch(std::vector<FetchPart> parts);
   bool arrived(const Fetch& fetch, int layer) const;
   void wait(const Fetch& fetch, int layer);
@@ -67,7 +71,8 @@ class Wire {
   std::byte* staged(const Fetch& fetch, int layer, int page) const;
   void release(const Fetch& fetch, int layer);  // in order: the slot may be overwritten
 
-  // Takes whole page sets out to `full`, as its pages from `first` on; they must hold still until full.stored() covers them.
+  // Takes whole page sets out to `full`, as its pages from `first` on; they must hold still until full.stored() covers
+  // them.
   void store(FullKv& full, int first, std::vector<const std::byte*> page_sets);
   // Blocks until some layer arrives or some store ends after the call of `changes` that gave `seen`.
   uint64_t changes() const { return changes_.load(std::memory_order_acquire); }

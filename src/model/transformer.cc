@@ -28,16 +28,21 @@ void visit_buffers(const ModelConfig& c, int max_rows, int max_logit_rows, Activ
 }
 
 // Each buffer is an array of its own, on cache lines of its own.
-size_t buffer_bytes(size_t count, size_t element_bytes) { return (count * element_bytes + 4095) / 4096 * 4096; }
+size_t buffer_bytes(size_t count, size_t element_bytes) {
+  return (count * element_bytes + 4095) / 4096 * 4096;
+}
 
 }  // namespace
 
-float Transformer::attention_scale() const { return 1.0f / std::sqrt(static_cast<float>(config_.head_dim)); }
+float Transformer::attention_scale() const {
+  return 1.0f / std::sqrt(static_cast<float>(config_.head_dim));
+}
 
 size_t Transformer::activation_bytes(int max_rows, int max_logit_rows) const {
   size_t bytes = 0;
   Activations a;
-  visit_buffers(config_, max_rows, max_logit_rows, a, [&](auto*& buffer, size_t count) { bytes += buffer_bytes(count, sizeof(*buffer)); });
+  visit_buffers(config_, max_rows, max_logit_rows, a,
+                [&](auto*& buffer, size_t count) { bytes += buffer_bytes(count, sizeof(*buffer)); });
   return bytes;
 }
 
@@ -45,9 +50,8 @@ Activations Transformer::make_activations(int max_rows, int max_logit_rows, Devi
   Activations a;
   a.max_rows = max_rows;
   a.max_logit_rows = max_logit_rows;
-  visit_buffers(config_, max_rows, max_logit_rows, a, [&]<typename T>(T*& buffer, size_t count) {
-    buffer = device.allocate_array<T>(count, "activations");
-  });
+  visit_buffers(config_, max_rows, max_logit_rows, a,
+                [&]<typename T>(T*& buffer, size_t count) { buffer = device.allocate_array<T>(count, "activations"); });
   return a;
 }
 

@@ -10,7 +10,9 @@
 namespace vericache {
 namespace {
 
-int qkv_rows(const ModelConfig& c) { return (c.heads + 2 * c.kv_heads) * c.head_dim; }
+int qkv_rows(const ModelConfig& c) {
+  return (c.heads + 2 * c.kv_heads) * c.head_dim;
+}
 
 size_t rope_bytes(const ModelConfig& c, int max_positions) {
   return static_cast<size_t>(max_positions) * static_cast<size_t>(c.head_dim / 2) * sizeof(float);
@@ -64,7 +66,8 @@ class Loader {
   void pack(const std::string& name, int rows, int first, PackedMatrix& matrix) {
     const std::array<int64_t, 2> shape{rows, matrix.in};
     const TensorView& tensor = checkpoint_.find(name, shape);
-    // A few MB at a time: the source is bf16, f16 or f32 on disk, and a second copy of the model must not stand in memory.
+    // A few MB at a time: the source is bf16, f16 or f32 on disk, and a second copy of the model must not stand in
+    // memory.
     const int step = std::max(16, (1 << 21) / matrix.in / 16 * 16);
     for (int row = 0; row < rows; row += step) {
       const int count = std::min(step, rows - row);
@@ -99,9 +102,12 @@ LayerWeights load_layer(Loader& loader, const ModelConfig& c, int index) {
 
   LayerWeights w;
   w.attention_norm = loader.vector(at + "input_layernorm.weight", c.hidden_size);
-  w.qkv = loader.matrix(std::array{attention + "q_proj.weight", attention + "k_proj.weight", attention + "v_proj.weight"}, qkv, c.hidden_size);
+  w.qkv =
+      loader.matrix(std::array{attention + "q_proj.weight", attention + "k_proj.weight", attention + "v_proj.weight"},
+                    qkv, c.hidden_size);
   if (c.qkv_bias) {
-    w.qkv_bias = loader.vector(std::array{attention + "q_proj.bias", attention + "k_proj.bias", attention + "v_proj.bias"}, qkv);
+    w.qkv_bias =
+        loader.vector(std::array{attention + "q_proj.bias", attention + "k_proj.bias", attention + "v_proj.bias"}, qkv);
   }
   if (c.qk_norm) {
     w.q_norm = loader.vector(attention + "q_norm.weight", c.head_dim);
@@ -141,7 +147,8 @@ RopeTable make_rope(const ModelConfig& c, int positions, Device& device) {
 size_t weight_bytes(const ModelConfig& c, const Kernels& kernels, int max_positions) {
   const auto page = [](size_t bytes) { return (bytes + 4095) / 4096 * 4096; };
   const auto floats = [&](int count) { return page(static_cast<size_t>(count) * sizeof(float)); };
-  size_t layer = page(kernels.packed_bytes(qkv_rows(c), c.hidden_size)) + page(kernels.packed_bytes(c.hidden_size, c.heads * c.head_dim)) +
+  size_t layer = page(kernels.packed_bytes(qkv_rows(c), c.hidden_size)) +
+                 page(kernels.packed_bytes(c.hidden_size, c.heads * c.head_dim)) +
                  page(kernels.packed_bytes(2 * c.intermediate_size, c.hidden_size)) +
                  page(kernels.packed_bytes(c.hidden_size, c.intermediate_size)) + 2 * floats(c.hidden_size);
   layer += c.qkv_bias ? floats(qkv_rows(c)) : 0;
@@ -153,8 +160,8 @@ size_t weight_bytes(const ModelConfig& c, const Kernels& kernels, int max_positi
          2 * page(rope_bytes(c, max_positions));
 }
 
-Weights load_weights(const Checkpoint& checkpoint, const ModelConfig& c, const Kernels& kernels, Device& device, int max_positions,
-                     const std::function<void(size_t, size_t)>& progress) {
+Weights load_weights(const Checkpoint& checkpoint, const ModelConfig& c, const Kernels& kernels, Device& device,
+                     int max_positions, const std::function<void(size_t, size_t)>& progress) {
   Weights weights;
   weights.bytes = weight_bytes(c, kernels, max_positions);
   Loader loader(checkpoint, kernels, device, weights.bytes, progress);

@@ -1,4 +1,5 @@
-// Weights: the checkpoint in the backend's layout, in device memory. Built once at load; read-only afterwards.
+// Weights: the checkpoint in the backend's layout, in device memory.
+// Built once at load; read-only afterwards.
 #pragma once
 
 #include <functional>

@@ -1,4 +1,5 @@
-// Sampling: a token as a pure function of (logits, parameters, seed, position). Safe from any thread.
+// Sampling: a token as a pure function of (logits, parameters, seed, position).
+// Safe from any thread.
 #pragma once
 
 #include <cstdint>

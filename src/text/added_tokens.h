@@ -1,4 +1,5 @@
-// AddedTokens: tokens that are found in the text before anything is split. Immutable once made, any thread.
+// AddedTokens: tokens that are found in the text before anything is split.
+// Immutable once made, any thread.
 #pragma once
 
 #include <array>

@@ -1,4 +1,5 @@
-// Normalizer: what is done to a text before it is split: NFC, prepending, replacing. Immutable, any thread.
+// Normalizer: what is done to a text before it is split: NFC, prepending, replacing.
+// Immutable, any thread.
 #pragma once
 
 #include <string>

@@ -1,4 +1,5 @@
-// Piece: a part of the text on its way to token ids, and the arena that keeps rewritten text alive. One thread.
+// Piece: a part of the text on its way to token ids, and the arena that keeps rewritten text alive.
+// One thread.
 #pragma once
 
 #include <deque>

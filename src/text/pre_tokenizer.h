@@ -1,4 +1,5 @@
-// PreTokenizer: cuts text into the words that BPE works on. Immutable once made, any thread.
+// PreTokenizer: cuts text into the words that BPE works on.
+// Immutable once made, any thread.
 #pragma once
 
 #include <string>

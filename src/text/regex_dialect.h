@@ -1,4 +1,5 @@
-// Translation of the regular expressions of tokenizer.json (Oniguruma's dialect) to PCRE2. Pure function, any thread.
+// Translation of the regular expressions of tokenizer.json (Oniguruma's dialect) to PCRE2.
+// Pure function, any thread.
 #pragma once
 
 #include <string>

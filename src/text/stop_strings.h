@@ -1,4 +1,5 @@
-// StopStrings: watches streamed text for strings that end it. One thread at a time; each stream has its own.
+// StopStrings: watches streamed text for strings that end it.
+// One thread at a time; each stream has its own.
 #pragma once
 
 #include <string>

@@ -1,4 +1,5 @@
-// Reading of tokenizer.json and tokenizer_config.json into the parts of a Tokenizer. Pure functions, any thread.
+// Reading of tokenizer.json and tokenizer_config.json into the parts of a Tokenizer.
+// Pure functions, any thread.
 #pragma once
 
 #include <string_view>

@@ -349,7 +349,7 @@ class Bench(Folder):
             self.assertTrue(0 < result["distinct_8gram_share"] <= 1)
             self.assertLessEqual(result["prompt_tokens"], result["context"])
         self.assertEqual([r["context"] for r in report["ratios"]], [200, 400])
-        self.assertGreater(report["read_ceiling_gbps"], 0)
+        self.assertGreater(report["results"][0]["read_ceiling_gbps"], 0)
         self.assertEqual(report["command"].split()[:2], ["vericache", "bench"])
 
     def test_code_and_table(self):

@@ -27,7 +27,8 @@ std::vector<TokenId> random_prompt(int tokens, uint64_t seed) {
   }
   std::vector<TokenId> prompt;
   while (static_cast<int>(prompt.size()) < tokens) {
-    prompt.push_back(random() % 50 == 0 ? static_cast<TokenId>(20 + random() % 8000) : phrase[prompt.size() % phrase.size()]);
+    prompt.push_back(random() % 50 == 0 ? static_cast<TokenId>(20 + random() % 8000)
+                                        : phrase[prompt.size() % phrase.size()]);
   }
   return prompt;
 }
@@ -51,8 +52,8 @@ struct Outcome {
   EngineStats stats;
 };
 
-Outcome run(const char* compressor, EngineOptions options, const std::vector<std::vector<TokenId>>& prompts, int max_tokens, float temperature,
-        size_t budget = size_t{1} << 40) {
+Outcome run(const char* compressor, EngineOptions options, const std::vector<std::vector<TokenId>>& prompts,
+            int max_tokens, float temperature, size_t budget = size_t{1} << 40) {
   LoadedModel& loaded = small_model();
   std::unique_ptr<Device> device = make_cpu_device(budget);
   Engine engine(*loaded.model, *device, compressor ? make_compressor(compressor) : nullptr, options);
@@ -73,14 +74,17 @@ void expect_identical(const Outcome& reference, const Outcome& run, const std::s
     ASSERT_EQ(reference.answers[i].finish, run.answers[i].finish) << what;
     ASSERT_EQ(reference.answers[i].tokens.size(), run.answers[i].tokens.size()) << what;
     for (size_t t = 0; t < run.answers[i].tokens.size(); ++t) {
-      ASSERT_EQ(reference.answers[i].tokens[t].id, run.answers[i].tokens[t].id) << what << ": token " << t << " of prompt " << i;
-      ASSERT_EQ(reference.answers[i].tokens[t].logits_hash, run.answers[i].tokens[t].logits_hash) << what << ": logits " << t << " of prompt " << i;
+      ASSERT_EQ(reference.answers[i].tokens[t].id, run.answers[i].tokens[t].id)
+          << what << ": token " << t << " of prompt " << i;
+      ASSERT_EQ(reference.answers[i].tokens[t].logits_hash, run.answers[i].tokens[t].logits_hash)
+          << what << ": logits " << t << " of prompt " << i;
     }
   }
 }
 
 const std::vector<std::vector<TokenId>>& prompts() {
-  static const std::vector<std::vector<TokenId>> prompts{random_prompt(700, 1), random_prompt(61, 2), random_prompt(320, 3)};
+  static const std::vector<std::vector<TokenId>> prompts{random_prompt(700, 1), random_prompt(61, 2),
+                                                         random_prompt(320, 3)};
   return prompts;
 }
 
@@ -95,8 +99,9 @@ TEST(Engine, EveryCompressorHorizonAndTemperatureGivesTheFullAnswer) {
   for (const float temperature : {0.0f, 0.9f}) {
     const Outcome reference = run(nullptr, full_mode(), prompts(), 40, temperature);
     ASSERT_TRUE(reference.stats.full_on_device);
-    for (const char* compressor : {"none", "kivi:bits=4", "kivi:bits=2", "kivi:k=8,v=4", "streaming-llm:window=0.2", "snapkv:budget=0.3",
-                                   "snapkv:budget=0.3+kivi:bits=4", "streaming-llm:window=100+kivi:bits=8"}) {
+    for (const char* compressor :
+         {"none", "kivi:bits=4", "kivi:bits=2", "kivi:k=8,v=4", "streaming-llm:window=0.2", "snapkv:budget=0.3",
+          "snapkv:budget=0.3+kivi:bits=4", "streaming-llm:window=100+kivi:bits=8"}) {
       for (const int horizon : {EngineOptions::kAdaptive, 1, 7, 32}) {
         EngineOptions options = full_mode();
         options.horizon = horizon;
@@ -106,7 +111,8 @@ TEST(Engine, EveryCompressorHorizonAndTemperatureGivesTheFullAnswer) {
         expect_identical(reference, compressed, std::string(compressor) + " horizon " + std::to_string(horizon));
         EXPECT_GT(compressed.stats.speculation.drafted, 0);
         if (std::string_view(compressor) == "none") {
-          EXPECT_EQ(compressed.stats.speculation.accepted, compressed.stats.speculation.drafted) << "the same cache drafts the same tokens";
+          EXPECT_EQ(compressed.stats.speculation.accepted, compressed.stats.speculation.drafted)
+              << "the same cache drafts the same tokens";
         }
       }
     }

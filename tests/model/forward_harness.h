@@ -1,4 +1,5 @@
-// Sequences that a test drives through the transformer by hand: their tails hold all KV, or the first pages of it stand elsewhere.
+// Sequences that a test drives through the transformer by hand: their tails hold all KV, or the first pages of it stand
+// elsewhere. One thread, the test's.
 #pragma once
 
 #include <random>
@@ -22,13 +23,15 @@ class DrivenSequence {
   std::span<const TokenId> next(int rows) const { return {tokens_.data() + done_, static_cast<size_t>(rows)}; }
   void advance(int rows) { done_ += rows; }
 
-  // Copies the whole pages computed so far to another place, as the wire's staging does; attention then reads them from there.
+  // Copies the whole pages computed so far to another place, as the wire's staging does; attention then reads them from
+  // there.
   void move_past(std::byte* memory, int past_pages) {
     moved_ = memory;
     past_pages_ = past_pages;
     for (int layer = 0; layer < shape_.layers; ++layer) {
       for (int page = 0; page < past_pages; ++page) {
-        std::memcpy(moved_page(layer, page), tail_.set(page) + static_cast<size_t>(layer) * page_bytes(shape_), page_bytes(shape_));
+        std::memcpy(moved_page(layer, page), tail_.set(page) + static_cast<size_t>(layer) * page_bytes(shape_),
+                    page_bytes(shape_));
       }
     }
     past_tokens_.assign(static_cast<size_t>(shape_.kv_heads), past_pages * kPageTokens);
@@ -57,7 +60,8 @@ class DrivenSequence {
     const size_t keys = static_cast<size_t>(kPageTokens * shape_.key_dim());
     for (int token = 0; token < done_; ++token) {
       for (int layer = 0; layer < shape_.layers; ++layer) {
-        const auto* page = reinterpret_cast<const bf16*>(tail_.set(token / kPageTokens) + static_cast<size_t>(layer) * page_bytes(shape_));
+        const auto* page = reinterpret_cast<const bf16*>(tail_.set(token / kPageTokens) +
+                                                         static_cast<size_t>(layer) * page_bytes(shape_));
         for (int head = 0; head < shape_.kv_heads; ++head) {
           const bf16* at = page + static_cast<size_t>(head) * head_page_bytes(KvFormat{}, shape_) / sizeof(bf16);
           for (int d = 0; d < shape_.head_dim; ++d) {
@@ -72,7 +76,8 @@ class DrivenSequence {
 
  private:
   std::byte* moved_page(int layer, int page) const {
-    return moved_ + (static_cast<size_t>(layer) * static_cast<size_t>(past_pages_) + static_cast<size_t>(page)) * page_bytes(shape_);
+    return moved_ + (static_cast<size_t>(layer) * static_cast<size_t>(past_pages_) + static_cast<size_t>(page)) *
+                        page_bytes(shape_);
   }
 
   KvShape shape_;
@@ -86,12 +91,14 @@ class DrivenSequence {
 };
 
 // One pass: `rows[i]` more tokens of sequence i; logits (rows of the pass, vocabulary) of every row.
-inline std::vector<float> run_pass(const Transformer& model, Activations& a, std::span<DrivenSequence* const> sequences, std::span<const int> rows) {
+inline std::vector<float> run_pass(const Transformer& model, Activations& a, std::span<DrivenSequence* const> sequences,
+                                   std::span<const int> rows) {
   std::vector<TokenId> tokens;
   std::vector<SequenceRows> members;
   for (size_t i = 0; i < sequences.size(); ++i) {
     const std::span<const TokenId> next = sequences[i]->next(rows[i]);
-    members.push_back({.first_row = static_cast<int>(tokens.size()), .rows = rows[i], .position = sequences[i]->done(), .kv = {}});
+    members.push_back(
+        {.first_row = static_cast<int>(tokens.size()), .rows = rows[i], .position = sequences[i]->done(), .kv = {}});
     tokens.insert(tokens.end(), next.begin(), next.end());
   }
   const int total = static_cast<int>(tokens.size());
@@ -118,7 +125,8 @@ inline std::vector<float> all_logits(LoadedModel& loaded, std::vector<TokenId> t
   const KvShape shape = loaded.model->kv_shape();
   std::unique_ptr<Device> device = make_cpu_device(size_t{1} << 40);
   const int pages = (static_cast<int>(tokens.size()) + kPageTokens - 1) / kPageTokens;
-  PagePool pool(device->allocate(page_set_bytes(shape) * static_cast<size_t>(pages), "test"), page_set_bytes(shape), pages);
+  PagePool pool(device->allocate(page_set_bytes(shape) * static_cast<size_t>(pages), "test"), page_set_bytes(shape),
+                pages);
   Activations a = loaded.model->make_activations(chunk, chunk, *device);
   DrivenSequence sequence(shape, pool, std::move(tokens));
   std::vector<float> logits;

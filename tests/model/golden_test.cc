@@ -1,4 +1,5 @@
-// Logits and greedy tokens against Hugging Face transformers (float32): five families of tiny checkpoints, and the trained models.
+// Logits and greedy tokens against Hugging Face transformers (float32): five families of tiny checkpoints, and the
+// trained models.
 #include <fstream>
 #include <nlohmann/json.hpp>
 
@@ -34,9 +35,10 @@ struct Difference {
   }
 };
 
-// The tiny references were computed by a model that had been cast to bf16 and back, which rounds its RoPE frequencies to bf16 too (with
-// rounded frequencies a float32 computation meets them to 2e-6, with exact ones to 1 to 3 %). The engine keeps exact frequencies, as
-// the trained models' references do; so that its arithmetic can be judged here, this test rounds them.
+// The tiny references were computed by a model that had been cast to bf16 and back, which rounds its RoPE frequencies
+// to bf16 too (with rounded frequencies a float32 computation meets them to 2e-6, with exact ones to 1 to 3 %). The
+// engine keeps exact frequencies, as the trained models' references do; so that its arithmetic can be judged here, this
+// test rounds them.
 class RoundedRope {
  public:
   RoundedRope(const ModelConfig& config, int positions) {
@@ -57,11 +59,14 @@ class RoundedRope {
   RopeTable table_;
 };
 
-TokenId best(std::span<const float> row) { return static_cast<TokenId>(std::max_element(row.begin(), row.end()) - row.begin()); }
+TokenId best(std::span<const float> row) {
+  return static_cast<TokenId>(std::max_element(row.begin(), row.end()) - row.begin());
+}
 
-// Teacher-forced: after the reference's own tokens, ours must be the reference's next one wherever its margin says more than the error.
-int greedy_misses(std::span<const float> logits, size_t vocabulary, size_t prompt, std::span<const TokenId> greedy, std::span<const double> margins,
-                  double largest_error, int& judged) {
+// Teacher-forced: after the reference's own tokens, ours must be the reference's next one wherever its margin says more
+// than the error.
+int greedy_misses(std::span<const float> logits, size_t vocabulary, size_t prompt, std::span<const TokenId> greedy,
+                  std::span<const double> margins, double largest_error, int& judged) {
   int misses = 0;
   for (size_t i = 0; i < greedy.size(); ++i) {
     if (margins[i] <= 2 * largest_error) {
@@ -97,16 +102,19 @@ TEST_P(TinyCheckpoint, LogitsAndGreedyTokensAreTheReferences) {
     EXPECT_LT(difference.relative(), kLargestError) << isa_name(isa);
     int judged = 0;
     const std::vector<double> wide(margins.begin(), margins.end());
-    EXPECT_EQ(greedy_misses(logits, static_cast<size_t>(loaded.config.vocab_size), input.size(), greedy, wide, difference.largest, judged), 0)
+    EXPECT_EQ(greedy_misses(logits, static_cast<size_t>(loaded.config.vocab_size), input.size(), greedy, wide,
+                            difference.largest, judged),
+              0)
         << isa_name(isa);
     EXPECT_GT(judged, 10) << "margins: most steps must be judged";
     RecordProperty(std::string("relative_error_") + std::string(isa_name(isa)), std::to_string(difference.relative()));
-    printf("%-20s %-12s relative error %.4f, %d of %zu greedy tokens judged\n", GetParam(), std::string(isa_name(isa)).c_str(), difference.relative(), judged,
-           greedy.size());
+    printf("%-20s %-12s relative error %.4f, %d of %zu greedy tokens judged\n", GetParam(),
+           std::string(isa_name(isa)).c_str(), difference.relative(), judged, greedy.size());
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Families, TinyCheckpoint, testing::Values("llama-plain", "llama3-scaled-tied", "mistral", "qwen2-bias", "qwen3-qknorm"));
+INSTANTIATE_TEST_SUITE_P(Families, TinyCheckpoint,
+                         testing::Values("llama-plain", "llama3-scaled-tied", "mistral", "qwen2-bias", "qwen3-qknorm"));
 
 class TrainedModel : public testing::TestWithParam<const char*> {};
 
@@ -146,7 +154,8 @@ TEST_P(TrainedModel, GoldenCasesAreTheReferences) {
   }
   EXPECT_EQ(misses, 0);
   EXPECT_GT(judged, 300);
-  printf("%s: relative error %.4f, %d greedy tokens judged, %d misses\n", GetParam(), difference.relative(), judged, misses);
+  printf("%s: relative error %.4f, %d greedy tokens judged, %d misses\n", GetParam(), difference.relative(), judged,
+         misses);
 }
 
 INSTANTIATE_TEST_SUITE_P(Bundled, TrainedModel, testing::Values("vericode-5m", "vericode-26m"));

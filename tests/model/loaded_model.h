@@ -1,4 +1,5 @@
 // A model from the build folder, loaded for a test.
+// One thread, the test's.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -31,6 +32,8 @@ struct LoadedModel {
   }
 };
 
-inline std::filesystem::path bundled_model(const char* name) { return std::filesystem::path(VERICACHE_MODELS) / name; }
+inline std::filesystem::path bundled_model(const char* name) {
+  return std::filesystem::path(VERICACHE_MODELS) / name;
+}
 
 }  // namespace vericache

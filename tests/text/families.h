@@ -1,4 +1,5 @@
 // The small tokenizers of tests/data/text, made by tools/make_tokenizer_vectors.py.
+// One thread, the test's.
 #pragma once
 
 #include <filesystem>

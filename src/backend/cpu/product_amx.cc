@@ -16,9 +16,8 @@ namespace vericache {
 namespace {
 
 constexpr int kTileRows = 16;
-constexpr int kTileBytes = 64;                // of a tile row
-constexpr int kTilePairs = 16;                // of K in one tile product
-constexpr int kTileValues = kTilePairs * 32;  // of one B tile: 16 panel rows
+constexpr int kTileBytes = 64;  // of a tile row
+constexpr int kTilePairs = 16;  // of K in one tile product
 
 // The 64 bytes that ldtilecfg reads (Intel SDM, palette 1).
 struct alignas(64) TileConfig {
