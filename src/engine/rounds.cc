@@ -7,7 +7,7 @@
 namespace vericache {
 namespace {
 
-// A sequence whose full KV fails its checksum this often without a token in between has no memory to rely on.
+// A sequence whose full KV fails its checksum this often, and never comes back intact, has no memory to rely on.
 constexpr int kMostRestarts = 8;
 
 }  // namespace
@@ -81,7 +81,9 @@ void Engine::State::judge(const FullPassMember& member, int first_logit_row) {
                   hash_bytes(row.data(), row.size_bytes()));
   }
   s.verified = static_cast<int>(s.tokens.size()) - 1;
-  s.restarts = 0;
+  if (member.past_pages > 0) {
+    s.restarts = 0;  // stored pages came back intact; an answer from the tail alone proves nothing of them
+  }
 
   // Drafts made while the verification was under way stand if all before them stood and the next token is their first.
   const size_t behind = static_cast<size_t>(member.drafts);

@@ -57,7 +57,7 @@ struct Sequence {
   int pass_end = 0;  // behind the last row of the pass that computes it now; 0 = none does
   bool cancelled = false;
   std::optional<FinishReason> finish;
-  int restarts = 0;  // since a token was last decided
+  int restarts = 0;  // since stored pages last came back intact and decided a token
 
   std::unique_ptr<Tail> tail;
   std::unique_ptr<ResidentKv> resident;  // null in full-KV streaming mode

@@ -150,15 +150,11 @@ TEST(Engine, CorruptedBlocksAreRecomputedNeverAnswered) {
   EXPECT_GT(corrupted.stats.recomputed_tokens, 0);
   expect_identical(reference, corrupted, "corruption");
 
-  // Where every block comes back broken the sequence says that it failed. Only if the wire is slow enough can it still
-  // get its answer, from pages that have not left the device; then it is the full answer.
+  // Where every block comes back broken no answer can be trusted, and the sequence says so. (Long enough for a slow
+  // machine, which decides some tokens from pages that have not left the device.)
   options.inject_corruption_every = 1;
-  const Outcome hopeless = run("kivi:bits=4", options, {prompts()[0]}, 30, 0.0f);
-  if (hopeless.answers[0].finish != FinishReason::failed) {
-    Outcome alone;
-    alone.answers = {reference.answers[0]};
-    expect_identical(alone, hopeless, "every block broken");
-  }
+  const Outcome hopeless = run("kivi:bits=4", options, {prompts()[0]}, 300, 0.0f);
+  EXPECT_EQ(hopeless.answers[0].finish, FinishReason::failed);
 }
 
 }  // namespace
