@@ -1,0 +1,362 @@
+// DraftWarp: the queries of one warp of draft attention, the products of one page with them, the state of their
+// softmax. Device code; all lanes of the one warp that owns it call together.
+#pragma once
+
+#include "backend/cuda/packed_math.cuh"
+#include "backend/cuda/page_ring.cuh"
+
+namespace vericache::cuda {
+
+constexpr int kTileHeads = 8;  // columns of a tensor-core step
+
+// One warp: 8 query heads as the columns of every step, tokens (scores) or dims (sums) as its rows. Lane 4 g + c.
+template <int kHeadDim>
+class DraftWarp {
+ public:
+  static constexpr int kGroups = kHeadDim / 32;
+  static constexpr int kStageBytes = kHeadDim * 36 > 4096 ? kHeadDim * 36 : 4096;
+  static_assert(bytes_of(Pieces{1, plane_bytes(4, kHeadDim), kHeadDim * 4}) <= kStageBytes &&
+                bytes_of(Pieces{1, plane_bytes(4, kHeadDim), kPageTokens * 4}) <= kStageBytes);
+  using Ring = PageRing<4, kStageBytes>;
+  static constexpr int kRowFloats = kHeadDim + 4;  // of a head in store(): lanes write to 32 banks
+  static constexpr int kStoredFloats = kTileHeads * (kRowFloats + 2);
+
+  __device__ DraftWarp() : lane_(static_cast<int>(threadIdx.x) % 32), g_(lane_ / 4), c_(lane_ % 4) {}
+
+  // q: (heads of this tile, head_dim). Column g is head g, zero where there is none.
+  __device__ void load_queries(const bf16* q, int heads) {
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        q_[group][i] = 0;
+      }
+      if (g_ < heads) {
+        read16(reinterpret_cast<const std::byte*>(q + g_ * kHeadDim + 32 * group + 8 * c_), q_[group]);
+      }
+    }
+  }
+
+  // The next page of the ring, of which `visible` tokens count.
+  __device__ void add_page(Ring& ring, int key_bits, int value_bits, int visible, float scale_log2) {
+    float scores[4][4] = {};
+    if (key_bits == 16) {
+      score_exact(ring, scores);
+    } else {
+      score_packed(ring, key_bits, scores);
+    }
+    uint32_t weights[8];
+    weigh(scores, visible, scale_log2, weights);
+    if (value_bits == 16) {
+      add_exact(ring, weights);
+    } else {
+      add_packed(ring, value_bits, weights);
+    }
+  }
+
+  // (8 heads, kRowFloats) weighted sums, then 8 maxima, then 8 sums of weights.
+  __device__ void store(float* out) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int reach = 4; reach < 32; reach *= 2) {
+        sum_[i] += __shfl_xor_sync(0xffffffffu, sum_[i], reach);
+      }
+      if (g_ == 0) {
+        out[kTileHeads * kRowFloats + 2 * c_ + i] = top_[i];
+        out[kTileHeads * (kRowFloats + 1) + 2 * c_ + i] = sum_[i];
+      }
+    }
+#pragma unroll
+    for (int tile = 0; tile < kHeadDim / 16; ++tile) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        out[(2 * c_ + i % 2) * kRowFloats + 16 * tile + 8 * (i / 2) + g_] =
+            out_[tile][i] + by_middle_[i] + (by_affine_[i % 2] + by_affine_[2 + i % 2]);
+      }
+    }
+  }
+
+ private:
+  // scores (tile of 16 tokens): row g of tile 2 u + j is the token 32 u + score_token(2 j, g), row g + 8 that of
+  // 2 j + 1.
+  __device__ void score_exact(Ring& ring, float (&scores)[4][4]) {
+    const int mine = (g_ / 2 * 8 + g_ % 2) * 64 + c_ * 16;
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+      const std::byte* keys = ring.wait() + mine;
+#pragma unroll
+      for (int tile = 0; tile < 4; ++tile) {
+        const int token = 32 * (tile / 2) + 4 * (tile % 2);
+        const uint4 low = read16(keys + token * 64);
+        const uint4 high = read16(keys + (token + 2) * 64);
+        tensor_step(scores[tile], low.x, high.x, low.y, high.y, q_[group][0], q_[group][1]);
+        tensor_step(scores[tile], low.z, high.z, low.w, high.w, q_[group][2], q_[group][3]);
+      }
+      ring.release();
+    }
+  }
+
+  // q k = sum q (minimum + scale code): the scales go into q, the minima are a product of their own.
+  __device__ void score_packed(Ring& ring, int bits, float (&scores)[4][4]) {
+    const std::byte* keys = ring.wait();
+    uint32_t scaled[kGroups][4];
+    float by_middle[4] = {};
+    float by_affine[4] = {};
+    const Middle middle = middle_of(bits);
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+      const std::byte* affine = keys + (32 * group + 8 * c_) * 2;
+      uint32_t scale[4];
+      uint32_t minimum[4];
+      read16(affine, scale);
+      read16(affine + kHeadDim * 2, minimum);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        scaled[group][i] = multiply_pairs(q_[group][i], scale[i]);
+      }
+      if (bits == 2) {
+        correct<true>(middle, scale, minimum, scaled[group], q_[group], by_middle, by_affine);
+      } else {
+        correct<false>(middle, scale, minimum, scaled[group], q_[group], by_middle, by_affine);
+      }
+    }
+    keys += kHeadDim * 4;
+    if (bits == 2) {
+      score_plane2(keys, scaled, scores);
+    } else {
+      if (bits == 8) {
+        score_plane4(keys, kHighExponent, scaled, scores);
+        ring.release();
+        keys = ring.wait();
+      }
+      score_plane4(keys, kLowExponent, scaled, scores);
+    }
+    ring.release();
+#pragma unroll
+    for (int tile = 0; tile < 4; ++tile) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        scores[tile][i] += by_middle[i] + (by_affine[i % 2] + by_affine[2 + i % 2]);
+      }
+    }
+  }
+
+  __device__ void score_plane4(const std::byte* plane, uint32_t exponent, const uint32_t (&scaled)[kGroups][4],
+                               float (&scores)[4][4]) {
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint32_t words[4];
+        read16(plane + ((group * 2 + half) * 32 + lane_) * 16, words);
+        uint32_t pairs[4][4];
+#pragma unroll
+        for (int word = 0; word < 4; ++word) {
+          unpack4(words[word], exponent, pairs[word]);
+        }
+#pragma unroll
+        for (int s = 0; s < 2; ++s) {
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            const uint32_t(&low)[4] = pairs[2 * j];
+            const uint32_t(&high)[4] = pairs[2 * j + 1];
+            tensor_step(scores[2 * half + j], low[2 * s], high[2 * s], low[2 * s + 1], high[2 * s + 1],
+                        scaled[group][2 * s], scaled[group][2 * s + 1]);
+          }
+        }
+      }
+    }
+  }
+
+  __device__ void score_plane2(const std::byte* plane, const uint32_t (&scaled)[kGroups][4], float (&scores)[4][4]) {
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+      uint32_t words[4];
+      read16(plane + (group * 32 + lane_) * 16, words);
+#pragma unroll
+      for (int tile = 0; tile < 4; ++tile) {
+        uint32_t pairs[8];
+        unpack2(words[tile], pairs);
+#pragma unroll
+        for (int s = 0; s < 2; ++s) {
+          tensor_step(scores[tile], pairs[2 * s], pairs[4 + 2 * s], pairs[2 * s + 1], pairs[5 + 2 * s],
+                      scaled[group][2 * s], scaled[group][2 * s + 1]);
+        }
+      }
+    }
+  }
+
+  // Scores to weights 2^(score - maximum), as operands of the product with V: weights[4 u + b] of lane (g, c) are head
+  // g's of the tokens 32 u + 8 c + 2 b and the one behind. The maximum follows with some slack, so that it seldom
+  // moves.
+  __device__ void weigh(float (&scores)[4][4], int visible, float scale_log2, uint32_t (&weights)[8]) {
+    constexpr float kSlack = 8;
+    if (visible < kPageTokens) {
+#pragma unroll
+      for (int block = 0; block < 8; ++block) {
+        if (score_token_of(block) >= visible) {
+          scores[block / 2][block % 2 * 2] = scores[block / 2][block % 2 * 2 + 1] = -kInfinity;
+        }
+      }
+    }
+    float most[2] = {-kInfinity, -kInfinity};
+#pragma unroll
+    for (int block = 0; block < 8; ++block) {
+      most[0] = fmaxf(most[0], scores[block / 2][block % 2 * 2]);
+      most[1] = fmaxf(most[1], scores[block / 2][block % 2 * 2 + 1]);
+    }
+    const bool above = most[0] * scale_log2 > top_[0] + kSlack || most[1] * scale_log2 > top_[1] + kSlack;
+    if (__any_sync(0xffffffffu, above)) {
+      raise_top(most[0] * scale_log2, most[1] * scale_log2);
+    }
+#pragma unroll
+    for (int block = 0; block < 8; ++block) {
+      const float first = exp2_approx(fmaf(scores[block / 2][block % 2 * 2], scale_log2, -top_[0]));
+      const float second = exp2_approx(fmaf(scores[block / 2][block % 2 * 2 + 1], scale_log2, -top_[1]));
+      sum_[0] += first;
+      sum_[1] += second;
+      weights[block] = transpose_pairs(pack_pair(first, second));
+    }
+  }
+
+  __device__ int score_token_of(int block) const {
+    return block / 4 * 32 + g_ / 2 * 8 + block % 4 * 2 + g_ % 2;
+  }
+
+  __device__ void raise_top(float first, float second) {
+    float most[2] = {first, second};
+    float keep[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int reach = 4; reach < 32; reach *= 2) {
+        most[i] = fmaxf(most[i], __shfl_xor_sync(0xffffffffu, most[i], reach));
+      }
+      most[i] = fmaxf(most[i], top_[i]);
+      keep[i] = exp2_approx(top_[i] - most[i]);  // 0 at first
+      top_[i] = most[i];
+      sum_[i] *= keep[i];
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      by_middle_[i] *= keep[i % 2];
+      by_affine_[i] *= keep[i % 2];
+#pragma unroll
+      for (int tile = 0; tile < kHeadDim / 16; ++tile) {
+        out_[tile][i] *= keep[i % 2];
+      }
+    }
+  }
+
+  // Rows g and g + 8 of tile t are the dims 16 t + g and 16 t + g + 8.
+  __device__ void add_exact(Ring& ring, const uint32_t (&weights)[8]) {
+    constexpr int kTiles = value_piece_dims(kHeadDim) / 16;  // of a piece
+    constexpr int kPieces = kHeadDim / 16 / kTiles;          // of 32 tokens
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int piece = 0; piece < kPieces; ++piece) {
+        const std::byte* values = ring.wait() + g_ * 64 + c_ * 16;
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+          const uint4 low = read16(values + tile * 16 * 64);
+          const uint4 high = read16(values + (tile * 16 + 8) * 64);
+          float(&out)[4] = out_[piece * kTiles + tile];
+          tensor_step(out, low.x, high.x, low.y, high.y, weights[4 * half], weights[4 * half + 1]);
+          tensor_step(out, low.z, high.z, low.w, high.w, weights[4 * half + 2], weights[4 * half + 3]);
+        }
+        ring.release();
+      }
+    }
+  }
+
+  // sum p v = sum p (minimum + scale code): the scales go into the weights; what the minima add is the same for every
+  // dim.
+  __device__ void add_packed(Ring& ring, int bits, const uint32_t (&weights)[8]) {
+    const std::byte* values = ring.wait();
+    uint32_t scaled[8];
+    const Middle middle = middle_of(bits);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const std::byte* affine = values + (32 * half + 8 * c_) * 2;
+      uint32_t scale[4];
+      uint32_t minimum[4];
+      read16(affine, scale);
+      read16(affine + kPageTokens * 2, minimum);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        scaled[4 * half + i] = multiply_pairs(weights[4 * half + i], scale[i]);
+      }
+      if (bits == 2) {
+        correct<true>(middle, scale, minimum, scaled + 4 * half, weights + 4 * half, by_middle_, by_affine_);
+      } else {
+        correct<false>(middle, scale, minimum, scaled + 4 * half, weights + 4 * half, by_middle_, by_affine_);
+      }
+    }
+    values += kPageTokens * 4;
+    if (bits == 2) {
+      add_plane2(values, scaled);
+    } else {
+      if (bits == 8) {
+        add_plane4(values, kHighExponent, scaled);
+        ring.release();
+        values = ring.wait();
+      }
+      add_plane4(values, kLowExponent, scaled);
+    }
+    ring.release();
+  }
+
+  __device__ void add_plane4(const std::byte* plane, uint32_t exponent, const uint32_t (&scaled)[8]) {
+#pragma unroll
+    for (int tile = 0; tile < kHeadDim / 16; ++tile) {
+      uint32_t words[4];
+      read16(plane + (tile * 32 + lane_) * 16, words);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint32_t low[4];
+        uint32_t high[4];
+        unpack4(words[2 * half], exponent, low);
+        unpack4(words[2 * half + 1], exponent, high);
+#pragma unroll
+        for (int s = 0; s < 2; ++s) {
+          tensor_step(out_[tile], low[2 * s], high[2 * s], low[2 * s + 1], high[2 * s + 1], scaled[4 * half + 2 * s],
+                      scaled[4 * half + 2 * s + 1]);
+        }
+      }
+    }
+  }
+
+  __device__ void add_plane2(const std::byte* plane, const uint32_t (&scaled)[8]) {
+#pragma unroll
+    for (int tiles = 0; tiles < kHeadDim / 32; ++tiles) {
+      uint32_t words[4];
+      read16(plane + (tiles * 32 + lane_) * 16, words);
+#pragma unroll
+      for (int word = 0; word < 4; ++word) {
+        const int half = word % 2;
+        uint32_t pairs[8];
+        unpack2(words[word], pairs);
+#pragma unroll
+        for (int s = 0; s < 2; ++s) {
+          tensor_step(out_[2 * tiles + word / 2], pairs[2 * s], pairs[4 + 2 * s], pairs[2 * s + 1], pairs[5 + 2 * s],
+                      scaled[4 * half + 2 * s], scaled[4 * half + 2 * s + 1]);
+        }
+      }
+    }
+  }
+
+  int lane_;
+  int g_;
+  int c_;
+  uint32_t q_[kGroups][4];  // pairs of the dims 32 i + 8 c .. + 7 of head g
+  // Of the heads 2 c and 2 c + 1:
+  float top_[2] = {-kInfinity, -kInfinity};
+  float sum_[2] = {};  // of this lane's tokens
+  float out_[kHeadDim / 16][4] = {};
+  float by_middle_[4] = {};  // what every dim gets besides, as correct() says
+  float by_affine_[4] = {};
+};
+
+}  // namespace vericache::cuda

@@ -1,0 +1,210 @@
+// Affine codes of 2, 4 and 8 bits for head pages, and the gathering of chosen tokens into pages.
+// A block takes one head page through shared memory (page_encoder.cuh).
+#include <cuda_runtime.h>
+
+#include "backend/cuda/ops.h"
+#include "backend/cuda/page_encoder.cuh"
+#include "base/check.h"
+
+namespace vericache::cuda {
+namespace {
+
+template <int kHeadDim>
+__device__ void quantize_page(const std::byte* source, int held, KvFormat format, std::byte* out) {
+  __shared__ SharedPage<kHeadDim> page;
+  constexpr int kPart = kPageTokens * kHeadDim / 8;
+  const auto* from = reinterpret_cast<const uint4*>(source);
+  copy_part<kHeadDim>(from, &page.keys[0][0][0]);
+  copy_part<kHeadDim>(from + kPart, &page.values[0][0][0]);
+  encode_page(page, held, format, out);
+}
+
+// Full KV by page: past, then tail.
+__device__ inline const std::byte* full_page(const LayerKv& full, int head, int page) {
+  const int past_pages = full.tail_position / kPageTokens;
+  const KvView& view = page < past_pages ? full.past : full.tail;
+  return view
+      .head_pages[static_cast<ptrdiff_t>(head) * view.page_stride + (page < past_pages ? page : page - past_pages)];
+}
+__device__ inline std::byte* out_page(const KvView& out, int head, int page) {
+  return out.head_pages[static_cast<ptrdiff_t>(head) * out.page_stride + page];
+}
+
+// Grid (pages, heads).
+template <int kHeadDim>
+__global__ void __launch_bounds__(kHeadDim) quantize_kernel(QuantizeArgs args) {
+  const int page = args.first + static_cast<int>(blockIdx.x);
+  const int head = static_cast<int>(blockIdx.y);
+  quantize_page<kHeadDim>(full_page(args.full, head, page), kPageTokens, args.out.format,
+                          out_page(args.out, head, page));
+}
+
+template <int kHeadDim>
+__global__ void __launch_bounds__(kHeadDim)
+    quantize_head_page_kernel(const std::byte* source, int held, KvFormat format, std::byte* out) {
+  quantize_page<kHeadDim>(source, held, format, out);
+}
+
+// Grid (pages of out, heads).
+template <int kHeadDim>
+__global__ void __launch_bounds__(kHeadDim) gather_kernel(GatherArgs args) {
+  __shared__ SharedPage<kHeadDim> page;
+  __shared__ const std::byte* pages[kPageTokens];
+  __shared__ int slots[kPageTokens];
+  const int head = static_cast<int>(blockIdx.y);
+  const int first = static_cast<int>(blockIdx.x) * kPageTokens;
+  const int held = min(kPageTokens, args.count - first);
+  for (int i = static_cast<int>(threadIdx.x); i < held; i += kHeadDim) {
+    const int token = args.chosen[static_cast<ptrdiff_t>(head) * args.stride + first + i];
+    pages[i] = full_page(args.full, head, token / kPageTokens);
+    slots[i] = token % kPageTokens;
+  }
+  __syncthreads();
+  for (int i = static_cast<int>(threadIdx.x); i < kPageTokens * kHeadDim / 8; i += kHeadDim) {
+    const int chunk = i % 4;
+    const int token = i / 4 % kPageTokens;
+    const int dims = i / 4 / kPageTokens;
+    uint4 read = make_uint4(0, 0, 0, 0);
+    if (token < held) {
+      read = reinterpret_cast<const uint4*>(pages[token] + key_index(slots[token], 32 * dims) * 2)[chunk];
+    }
+    page.keys[dims][token][chunk] = read;
+  }
+  auto* values = reinterpret_cast<uint16_t*>(&page.values[0][0][0]);
+#pragma unroll 8
+  for (int i = static_cast<int>(threadIdx.x); i < kPageTokens * kHeadDim; i += kHeadDim) {
+    const int token = i % kPageTokens;
+    const int dim = i / kPageTokens;
+    uint16_t read = 0;
+    if (token < held) {
+      const auto* from = reinterpret_cast<const uint16_t*>(pages[token] + kPageTokens * kHeadDim * 2);
+      read = from[value_index(slots[token], dim, kHeadDim)];
+    }
+    values[value_index(token, dim, kHeadDim)] = read;
+  }
+  encode_page(page, held, args.out.format, out_page(args.out, head, static_cast<int>(blockIdx.x)));
+}
+
+// 8 bf16 values from the codes of a group, `apart` bits from one to the next, and their scales and minima.
+__device__ inline uint32_t decode(uint32_t code, uint16_t scale, uint16_t minimum) {
+  const float value = fmaf(static_cast<float>(code), first_of_pair(scale), first_of_pair(minimum));
+  const uint32_t bits = __float_as_uint(value);
+  return (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+}
+
+// Grid of one block: thread i of every round writes 8 bf16 of one token (K) or dim (V).
+template <int kHeadDim, bool kKeys>
+__device__ void dequantize_part(const std::byte* source, int bits, std::byte* out) {
+  constexpr int kAffine = kKeys ? kHeadDim : kPageTokens;
+  const auto* scales = reinterpret_cast<const uint16_t*>(source);
+  const auto* planes = reinterpret_cast<const uint32_t*>(source + kAffine * 4);
+  const int plane_bits = bits == 2 ? 2 : 4;
+  for (int i = static_cast<int>(threadIdx.x); i < kPageTokens * kHeadDim / 8; i += kHeadDim) {
+    const int chunk = i % 4;
+    uint32_t values[8];
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      // As the bf16 page lies: (32 dims, token, 32) or (32 tokens, dim, 32).
+      const int inner = 8 * chunk + e;
+      const int token = kKeys ? i / 4 % kPageTokens : i / 4 / kHeadDim * 32 + inner;
+      const int dim = kKeys ? i / 4 / kPageTokens * 32 + inner : i / 4 % kHeadDim;
+      const CodePlace place = kKeys ? key_place(token, dim, plane_bits) : value_place(token, dim, plane_bits);
+      uint32_t code = planes[place.word] >> place.shift & ((1u << plane_bits) - 1);
+      if (bits == 8) {
+        code = code << 4 | (planes[plane_bytes(4, kHeadDim) / 4 + place.word] >> place.shift & 15u);
+      }
+      const int affine = kKeys ? dim : token;
+      values[e] = decode(code, scales[affine], scales[kAffine + affine]);
+    }
+    reinterpret_cast<uint4*>(out)[i] = make_uint4(values[0] | values[1] << 16, values[2] | values[3] << 16,
+                                                  values[4] | values[5] << 16, values[6] | values[7] << 16);
+  }
+}
+
+template <int kHeadDim>
+__global__ void __launch_bounds__(kHeadDim)
+    dequantize_head_page_kernel(const std::byte* source, KvFormat format, std::byte* out) {
+  constexpr int kPart = kPageTokens * kHeadDim / 8;
+  const std::byte* values = source + bytes_of(key_pieces(format.key_bits, kHeadDim));
+  if (format.key_bits == 16) {
+    copy_part<kHeadDim>(reinterpret_cast<const uint4*>(source), reinterpret_cast<uint4*>(out));
+  } else {
+    dequantize_part<kHeadDim, true>(source, format.key_bits, out);
+  }
+  out += kPart * 16;
+  if (format.value_bits == 16) {
+    copy_part<kHeadDim>(reinterpret_cast<const uint4*>(values), reinterpret_cast<uint4*>(out));
+  } else {
+    dequantize_part<kHeadDim, false>(values, format.value_bits, out);
+  }
+}
+
+// run(a value whose type tells the head dim)
+template <int kHeadDim>
+struct HeadDim {
+  static constexpr int kValue = kHeadDim;
+};
+template <typename Run>
+void for_head_dim(int head_dim, const Run& run) {
+  switch (head_dim) {
+    case 32:
+      return run(HeadDim<32>());
+    case 64:
+      return run(HeadDim<64>());
+    case 96:
+      return run(HeadDim<96>());
+    case 128:
+      return run(HeadDim<128>());
+    default:
+      check(false, "head pages are packed for head dims 32, 64, 96 and 128");
+  }
+}
+
+dim3 grid(int pages, int heads) {
+  return {static_cast<unsigned>(pages), static_cast<unsigned>(heads), 1};
+}
+
+}  // namespace
+
+void quantize(const QuantizeArgs& args, cudaStream_t stream) {
+  if (args.count == 0) {
+    return;
+  }
+  for_head_dim(args.shape.head_dim, [&](auto dim) {
+    constexpr int kHeadDim = decltype(dim)::kValue;
+    quantize_kernel<kHeadDim><<<grid(args.count, args.shape.kv_heads), kHeadDim, 0, stream>>>(args);
+  });
+  check_cuda(cudaGetLastError(), "quantize");
+}
+
+void gather(const GatherArgs& args, cudaStream_t stream) {
+  const int pages = (args.count + kPageTokens - 1) / kPageTokens;
+  if (pages == 0) {
+    return;
+  }
+  for_head_dim(args.shape.head_dim, [&](auto dim) {
+    constexpr int kHeadDim = decltype(dim)::kValue;
+    gather_kernel<kHeadDim><<<grid(pages, args.shape.kv_heads), kHeadDim, 0, stream>>>(args);
+  });
+  check_cuda(cudaGetLastError(), "gather");
+}
+
+void quantize_head_page(const std::byte* source, int tokens, const KvShape& shape, const KvFormat& format,
+                        std::byte* out, cudaStream_t stream) {
+  for_head_dim(shape.head_dim, [&](auto dim) {
+    constexpr int kHeadDim = decltype(dim)::kValue;
+    quantize_head_page_kernel<kHeadDim><<<1, kHeadDim, 0, stream>>>(source, tokens, format, out);
+  });
+  check_cuda(cudaGetLastError(), "quantize_head_page");
+}
+
+void dequantize_head_page(const std::byte* source, const KvShape& shape, const KvFormat& format, std::byte* out,
+                          cudaStream_t stream) {
+  for_head_dim(shape.head_dim, [&](auto dim) {
+    constexpr int kHeadDim = decltype(dim)::kValue;
+    dequantize_head_page_kernel<kHeadDim><<<1, kHeadDim, 0, stream>>>(source, format, out);
+  });
+  check_cuda(cudaGetLastError(), "dequantize_head_page");
+}
+
+}  // namespace vericache::cuda

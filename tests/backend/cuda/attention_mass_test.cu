@@ -1,0 +1,161 @@
+// Attention mass on a GPU against float64; its bits do not depend on where pages lie or where past ends.
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+#include "backend/cuda/packed_fixture.h"
+
+namespace vericache::test {
+namespace {
+
+size_t at(int row, int columns, int column = 0) {
+  return static_cast<size_t>(row) * static_cast<size_t>(columns) + static_cast<size_t>(column);
+}
+
+// The keys of a sequence's tokens; the last page may be short, its other slots are garbage.
+struct Keys {
+  Keys(const KvShape& shape, int tokens, Random& random) : shape(shape), tokens(tokens) {
+    for (int i = 0; i < shape.kv_heads * tokens * shape.head_dim; ++i) {
+      values.push_back(to_bf16(random.normal()));
+    }
+  }
+  bf16 at(int head, int token, int dim) const { return values[test::at(head * tokens + token, shape.head_dim, dim)]; }
+  HostPage page(int head, int index, Random& random) const {
+    HostPage out(shape.head_dim, &random);
+    for (int t = 0; t < std::min(kPageTokens, tokens - index * kPageTokens); ++t) {
+      for (int d = 0; d < shape.head_dim; ++d) {
+        out.key(t, d) = at(head, index * kPageTokens + t, d);
+      }
+    }
+    return out;
+  }
+  KvShape shape;
+  int tokens;
+  std::vector<bf16> values;
+};
+
+struct Rows {
+  int capacity;
+  int count;
+  int position;  // of the first
+  int heads;
+  float scale;
+  std::vector<bf16> q;             // (capacity, heads, head_dim)
+  std::vector<float> log_sum_exp;  // (capacity, heads)
+};
+
+double score(const Keys& keys, const Rows& rows, int slot, int head, int token) {
+  double sum = 0;
+  const int kv_head = head / (rows.heads / keys.shape.kv_heads);
+  for (int d = 0; d < keys.shape.head_dim; ++d) {
+    sum += double{to_float(rows.q[at(slot * rows.heads + head, keys.shape.head_dim, d)])} *
+           double{to_float(keys.at(kv_head, token, d))};
+  }
+  return double{rows.scale} * sum;
+}
+
+Rows random_rows(const Keys& keys, int heads, int capacity, int count, Random& random) {
+  Rows rows{.capacity = capacity,
+            .count = count,
+            .position = keys.tokens - count,
+            .heads = heads,
+            .scale = 1.0f / std::sqrt(static_cast<float>(keys.shape.head_dim)),
+            .q = random.bf16s(at(capacity * heads, keys.shape.head_dim), 1.5f),
+            .log_sum_exp = random.floats(at(capacity, heads))};
+  for (int r = 0; r < count; ++r) {
+    const int slot = (rows.position + r) % capacity;
+    for (int head = 0; head < heads; ++head) {
+      double sum = 0;
+      for (int token = 0; token <= rows.position + r; ++token) {
+        sum += std::exp(score(keys, rows, slot, head, token));
+      }
+      rows.log_sum_exp[at(slot, heads, head)] = static_cast<float>(std::log(sum));
+    }
+  }
+  return rows;
+}
+
+std::vector<float> run(const Keys& keys, const Rows& rows, int past_pages, Random& random) {
+  const KvShape& shape = keys.shape;
+  const int pages = (keys.tokens + kPageTokens - 1) / kPageTokens;
+  DevicePages past(shape, {}, past_pages + 1, random);
+  DevicePages tail(shape, {}, pages - past_pages + 1, random);
+  for (int head = 0; head < shape.kv_heads; ++head) {
+    for (int page = 0; page < pages; ++page) {
+      (page < past_pages ? past : tail)
+          .write(head, page < past_pages ? page : page - past_pages, keys.page(head, page, random).bytes());
+    }
+  }
+  past.hold(std::vector<int>(static_cast<size_t>(shape.kv_heads), past_pages * kPageTokens));
+  DeviceArray<bf16> q(rows.q);
+  DeviceArray<float> log_sum_exp(rows.log_sum_exp);
+  const DeviceArray<float> mass(at(shape.kv_heads, keys.tokens) + 64);
+  cuda::attention_mass({.shape = shape,
+                        .heads = rows.heads,
+                        .scale = rows.scale,
+                        .queries = {q.data(), log_sum_exp.data(), rows.capacity},
+                        .rows = rows.count,
+                        .position = rows.position,
+                        .kv = {past.view(), tail.view(), past_pages * kPageTokens},
+                        .tokens = keys.tokens,
+                        .mass = mass.data()},
+                       nullptr);
+  finish();
+  return mass.read();
+}
+
+TEST(CudaAttentionMass, IsThatOfTheSoftmax) {
+  Random random(80);
+  for (int round = 0; round < 24; ++round) {
+    const int group = random.between(1, 9);
+    const KvShape shape{1, random.between(1, 3), 32 * (1 + round % 4)};
+    const int heads = group * shape.kv_heads;
+    const Keys keys(shape, random.between(1, 700), random);
+    const int count = std::min(keys.tokens, random.between(1, round % 5 == 0 ? 70 : 40));
+    const int capacity = count + random.below(30);
+    const Rows rows = random_rows(keys, heads, capacity, count, random);
+    const int pages = (keys.tokens + kPageTokens - 1) / kPageTokens;
+    const std::vector<float> mass = run(keys, rows, random.below(pages), random);
+    for (int kv_head = 0; kv_head < shape.kv_heads; ++kv_head) {
+      for (int token = 0; token < keys.tokens; ++token) {
+        double expected = 0;
+        for (int r = 0; r < count; ++r) {
+          if (token > rows.position + r) {
+            continue;
+          }
+          const int slot = (rows.position + r) % capacity;
+          for (int h = 0; h < group; ++h) {
+            const int head = kv_head * group + h;
+            expected += std::exp(score(keys, rows, slot, head, token) - rows.log_sum_exp[at(slot, heads, head)]);
+          }
+        }
+        ASSERT_NEAR(mass[at(kv_head, keys.tokens, token)], expected, 1e-3 * expected + 1e-9)
+            << "round " << round << ", head " << kv_head << ", token " << token;
+      }
+    }
+    for (size_t i = at(shape.kv_heads, keys.tokens); i < mass.size(); ++i) {
+      ASSERT_TRUE(std::isnan(mass[i])) << "what lies behind the tokens is not touched";
+    }
+    const std::vector<float> elsewhere = run(keys, rows, random.below(pages), random);
+    ASSERT_EQ(std::memcmp(mass.data(), elsewhere.data(), mass.size() * sizeof(float)), 0);
+  }
+}
+
+TEST(CudaAttentionMass, NoRowsNoMass) {
+  Random random(81);
+  const Keys keys({1, 2, 64}, 100, random);
+  const Rows rows{.capacity = 4,
+                  .count = 0,
+                  .position = 100,
+                  .heads = 4,
+                  .scale = 1.0f,
+                  .q = random.bf16s(at(4 * 4, 64)),
+                  .log_sum_exp = random.floats(16)};
+  const std::vector<float> mass = run(keys, rows, 1, random);
+  for (size_t i = 0; i < at(2, 100); ++i) {
+    ASSERT_EQ(mass[i], 0.0f);
+  }
+}
+
+}  // namespace
+}  // namespace vericache::test

@@ -1,0 +1,134 @@
+// What the tests of packed KV share: device memory, and head pages of a GPU at scattered addresses beside their values.
+// Each test owns its own; one thread.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstring>
+#include <vector>
+
+#include "backend/cuda/device_array.h"
+#include "backend/cuda/ops.h"
+#include "backend/cuda/packed_layout.h"
+#include "backend/kv_fixture.h"
+
+namespace vericache::test {
+
+using cuda::test::DeviceArray;
+using cuda::test::finish;
+
+inline bf16* keys_of(std::byte* page) {
+  return reinterpret_cast<bf16*>(page);
+}
+inline bf16* values_of(std::byte* page, int head_dim) {
+  return keys_of(page) + static_cast<size_t>(kPageTokens) * static_cast<size_t>(head_dim);
+}
+
+// A bf16 head page of a GPU on the host.
+class HostPage {
+ public:
+  explicit HostPage(int head_dim, Random* garbage = nullptr)
+      : head_dim_(head_dim), bytes_(static_cast<size_t>(kPageTokens) * static_cast<size_t>(head_dim) * 4) {
+    for (size_t i = 0; garbage != nullptr && i < bytes_.size() / 2; ++i) {
+      keys_of(bytes_.data())[i] = to_bf16(garbage->normal(100.0f));
+    }
+  }
+  bf16& key(int token, int dim) { return keys_of(bytes_.data())[cuda::key_index(token, dim)]; }
+  bf16& value(int token, int dim) {
+    return values_of(bytes_.data(), head_dim_)[cuda::value_index(token, dim, head_dim_)];
+  }
+  std::vector<std::byte>& bytes() { return bytes_; }
+
+ private:
+  int head_dim_;
+  std::vector<std::byte> bytes_;
+};
+
+// The value of a packed or bf16 head page, as its layout says, unrounded.
+inline double affine_value(const std::byte* part, int bits, int planes_at, int count, int affine,
+                           cuda::CodePlace place) {
+  const auto word_of = [&](int plane, int plane_bytes) {
+    uint32_t word = 0;
+    std::memcpy(&word, part + planes_at + plane * plane_bytes + place.word * 4, sizeof(word));
+    return word >> place.shift & (bits == 2 ? 3u : 15u);
+  };
+  uint32_t code = word_of(0, 0);
+  if (bits == 8) {
+    code = code << 4 | word_of(1, count);
+  }
+  bf16 scale;
+  bf16 minimum;
+  std::memcpy(&scale, part + affine * 2, sizeof(scale));
+  std::memcpy(&minimum, part + planes_at / 2 + affine * 2, sizeof(minimum));
+  return double{to_float(minimum)} + static_cast<double>(code) * double{to_float(scale)};
+}
+inline double key_of(const std::byte* page, int bits, int head_dim, int token, int dim) {
+  if (bits == 16) {
+    bf16 value;
+    std::memcpy(&value, page + cuda::key_index(token, dim) * 2, sizeof(value));
+    return double{to_float(value)};
+  }
+  return affine_value(page, bits, head_dim * 4, cuda::plane_bytes(bits, head_dim), dim,
+                      cuda::key_place(token, dim, bits == 2 ? 2 : 4));
+}
+inline double value_of(const std::byte* page, const KvFormat& format, int head_dim, int token, int dim) {
+  const std::byte* part = page + cuda::bytes_of(cuda::key_pieces(format.key_bits, head_dim));
+  if (format.value_bits == 16) {
+    bf16 value;
+    std::memcpy(&value, part + cuda::value_index(token, dim, head_dim) * 2, sizeof(value));
+    return double{to_float(value)};
+  }
+  return affine_value(part, format.value_bits, kPageTokens * 4, cuda::plane_bytes(format.value_bits, head_dim), token,
+                      cuda::value_place(token, dim, format.value_bits == 2 ? 2 : 4));
+}
+
+// Head pages (kv_heads, pages) of one format in device memory, in random order, with their table.
+class DevicePages {
+ public:
+  DevicePages(const KvShape& shape, const KvFormat& format, int pages, Random& random)
+      : shape_(shape),
+        format_(format),
+        pages_(pages),
+        page_bytes_(head_page_bytes(format, shape)),
+        arena_(page_bytes_ * static_cast<size_t>(shape.kv_heads * pages)),
+        table_(static_cast<size_t>(shape.kv_heads * pages)),
+        tokens_(static_cast<size_t>(shape.kv_heads)) {
+    for (int i = 0; i < shape.kv_heads * pages; ++i) {
+      places_.push_back(arena_.data() + static_cast<size_t>(i) * page_bytes_);
+    }
+    std::shuffle(places_.begin(), places_.end(), random.engine());
+    table_.write(places_);
+    hold(std::vector<int>(static_cast<size_t>(shape.kv_heads), 0));
+  }
+  void hold(const std::vector<int>& tokens) { tokens_.write(tokens); }
+  KvView view(int first = 0) const {
+    return {.format = format_, .head_pages = table_.data() + first, .page_stride = pages_, .tokens = tokens_.data()};
+  }
+  int pages() const { return pages_; }  // of a head, in the table
+  std::byte* place(int head, int page) const { return places_[static_cast<size_t>(head * pages_ + page)]; }
+  void write(int head, int page, const std::vector<std::byte>& bytes) {
+    cuda::check_cuda(cudaMemcpy(place(head, page), bytes.data(), bytes.size(), cudaMemcpyHostToDevice), "upload");
+  }
+  // Every head page, in the order of the table.
+  std::vector<std::vector<std::byte>> read() const {
+    const std::vector<std::byte> all = arena_.read();
+    std::vector<std::vector<std::byte>> out;
+    for (const std::byte* at : places_) {
+      const auto first = all.begin() + (at - arena_.data());
+      out.emplace_back(first, first + static_cast<ptrdiff_t>(page_bytes_));
+    }
+    return out;
+  }
+
+ private:
+  KvShape shape_;
+  KvFormat format_;
+  int pages_;
+  size_t page_bytes_;
+  DeviceArray<std::byte> arena_;
+  DeviceArray<std::byte*> table_;
+  DeviceArray<int> tokens_;
+  std::vector<std::byte*> places_;
+};
+
+}  // namespace vericache::test
