@@ -6,6 +6,10 @@
 
 #include "backend/cpu/cpu_kernels.h"
 #include "base/error.h"
+#ifdef VERICACHE_CUDA
+#include "backend/cuda/cuda_device.h"
+#include "backend/cuda/cuda_kernels.h"
+#endif
 
 namespace vericache {
 namespace {
@@ -24,13 +28,64 @@ Isa isa_from(std::string_view name) {
   return *isa;
 }
 
+#ifdef VERICACHE_CUDA
+std::string why_no_cuda() {
+  return cuda::why_no_gpu();
+}
+std::unique_ptr<Device> make_cuda_device(size_t budget_bytes) {
+  return cuda::make_cuda_device(budget_bytes);
+}
+std::unique_ptr<Kernels> make_cuda_kernels(const BackendOptions& options) {
+  return cuda::make_cuda_kernels({.shape = options.shape,
+                                  .heads = options.heads,
+                                  .max_rows = options.max_rows,
+                                  .max_context_tokens = options.max_context_tokens,
+                                  .max_sequences = options.max_sequences});
+}
+#else
+std::string why_no_cuda() {
+  return "this build has the CPU alone; configure with `cmake --preset cuda`, which needs nvcc";
+}
+std::unique_ptr<Device> make_cuda_device(size_t) {
+  throw Error("device cuda: {}", why_no_cuda());
+}
+std::unique_ptr<Kernels> make_cuda_kernels(const BackendOptions&) {
+  throw Error("device cuda: {}", why_no_cuda());
+}
+#endif
+
 }  // namespace
+
+std::string_view device_kind_name(DeviceKind kind) {
+  return kind == DeviceKind::cuda ? "cuda" : "cpu";
+}
+
+DeviceKind device_kind(std::string_view name) {
+  if (name == "cpu") {
+    return DeviceKind::cpu;
+  }
+  if (name != "cuda" && name != "auto") {
+    throw UsageError("device '{}' is unknown: cpu, cuda or auto", name);
+  }
+  const std::string reason = why_no_cuda();
+  if (name == "cuda" && !reason.empty()) {
+    throw Error("device cuda: {}; or use --device cpu", reason);
+  }
+  return reason.empty() ? DeviceKind::cuda : DeviceKind::cpu;
+}
+
+std::unique_ptr<Device> make_device(DeviceKind kind, size_t budget_bytes) {
+  return kind == DeviceKind::cuda ? make_cuda_device(budget_bytes) : make_cpu_device(budget_bytes);
+}
 
 void require_isa(std::string_view isa) {
   isa_from(isa);
 }
 
 std::unique_ptr<Kernels> make_kernels(const BackendOptions& options) {
+  if (options.device == DeviceKind::cuda) {
+    return make_cuda_kernels(options);
+  }
   return make_cpu_kernels(isa_from(options.isa), options.threads > 0 ? options.threads : core_count(),
                           {.shape = options.shape,
                            .heads = options.heads,

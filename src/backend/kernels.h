@@ -1,13 +1,15 @@
 // The op list that a backend computes. Rule 1: a row's bits depend on that row alone, never on the rows beside it, on
-// threads or on paging. One instance per engine, called from the thread that drives the engine; the ops spread over
-// threads inside.
+// threads or on paging. An op is enqueued on its lane; every pointer is device memory unless it says otherwise. Called
+// from the thread that drives the engine.
 #pragma once
 
 #include <cstddef>
 #include <span>
 #include <string_view>
 
+#include "backend/device.h"
 #include "backend/kv_view.h"
+#include "backend/sampling.h"
 #include "base/bf16.h"
 #include "base/token.h"
 
@@ -19,7 +21,7 @@ inline int padded_dim(int dim) {
 }
 
 // A weight (out, in) in the backend's own layout. CPU: panels of 16 outputs, (ceil(out/16), in_padded/2, 16, 2), zero
-// padded.
+// padded. CUDA: (out, in_padded), row-major.
 struct PackedMatrix {
   int out = 0;
   int in = 0;
@@ -28,13 +30,45 @@ struct PackedMatrix {
 
 enum class Epilogue { store, add };  // y = x W^T, or y += x W^T
 
-// Rows of one sequence at consecutive positions. All of them stand in one pass; a pass holds rows of many sequences.
+// The last queries of one layer of one sequence with their softmax denominators, a ring: the row of position p lies at
+// p % capacity.
+struct QueryRing {
+  bf16* q = nullptr;             // (capacity, heads, key_dim)
+  float* log_sum_exp = nullptr;  // (capacity, heads)
+  int capacity = 0;
+};
+
+// Rows of one sequence at consecutive positions, in one layer. All of them stand in one pass; a pass holds rows of many
+// sequences.
 struct SequenceRows {
   int first_row = 0;
   int rows = 0;
-  int position = 0;  // absolute position of the first row
+  int position = 0;           // absolute position of the first row
+  TokenId* tokens = nullptr;  // the sequence's tokens by position; host memory that the device reaches
   LayerKv kv{};
-  bool keep_kv = false;  // the rows' tail slots hold verified KV already: a draft must not overwrite it
+  QueryRing queries{};  // capacity 0: nobody wants them
+};
+
+// A row of the pass whose logits choose a token, and where the choice goes: host memory that the device reaches.
+struct LogitRow {
+  int row = 0;
+  int position = 0;  // of the token that is chosen
+  Sampling sampling{};
+  TokenId* token = nullptr;
+  uint64_t* hash = nullptr;  // of the row's logits; null: not wanted
+};
+
+// What a pass is about, for all its layers. The vectors are the caller's; ops see it after Kernels::stage.
+struct PassRows {
+  int rows = 0;
+  int layers = 0;
+  bool draft = false;                         // a draft step: any fast kernel will do, and resident KV may be packed
+  std::span<const SequenceRows> sequences{};  // (layers, sequences): geometry and tokens the same in every layer
+  std::span<const LogitRow> logit_rows{};
+  std::span<const SequenceRows> layer(int index) const {
+    const size_t count = sequences.size() / static_cast<size_t>(layers);
+    return sequences.subspan(static_cast<size_t>(index) * count, count);
+  }
 };
 
 // cos and sin per absolute position: (positions, head_dim / 2) each, float.
@@ -44,18 +78,19 @@ struct RopeTable {
   int positions = 0;
 };
 
+// `pass` and `layer` name rows that were staged last.
 struct QkvArgs {
   KvShape shape{};
   int heads = 0;
-  int rows = 0;
   const float* qkv = nullptr;     // (rows, (heads + 2 kv_heads) * head_dim): q heads, k heads, v heads
   const float* bias = nullptr;    // ((heads + 2 kv_heads) * head_dim) or null
   const float* q_norm = nullptr;  // (head_dim) or null: RMSNorm per head before RoPE (Qwen3)
   const float* k_norm = nullptr;
   float norm_eps = 0;
-  RopeTable rope{};                           // rotate-half convention: pairs (i, i + head_dim / 2)
-  std::span<const SequenceRows> sequences{};  // K and V of each row are written to its tail slot
-  bf16* q = nullptr;                          // (rows, heads, key_dim), zero padded
+  RopeTable rope{};  // rotate-half convention: pairs (i, i + head_dim / 2)
+  const PassRows* pass = nullptr;
+  int layer = 0;
+  bf16* q = nullptr;  // (rows, heads, key_dim), zero padded; K and V of each row are written to its tail slot
 };
 
 struct AttentionArgs {
@@ -63,34 +98,98 @@ struct AttentionArgs {
   int heads = 0;
   float scale = 0;
   const bf16* q = nullptr;  // (rows, heads, key_dim)
-  std::span<const SequenceRows> sequences{};
+  const PassRows* pass = nullptr;
+  int layer = 0;
   bf16* out = nullptr;           // (rows, padded_dim(heads * head_dim))
   float* log_sum_exp = nullptr;  // (rows, heads) or null: log of the softmax denominator of the scaled scores
 };
 
-// Attention mass per token, summed over query rows and over the query heads that share a KV head.
+// Attention mass per token, summed over the ring's last query rows and over the query heads that share a KV head.
 struct MassArgs {
   KvShape shape{};
   int heads = 0;
   float scale = 0;
-  const bf16* q = nullptr;             // (rows, heads, key_dim)
-  const float* log_sum_exp = nullptr;  // (rows, heads), as attention gave it
-  SequenceRows sequence{};             // rows to use; first_row counts in q and log_sum_exp
-  int tokens = 0;                      // of the sequence: [0, tokens)
-  float* mass = nullptr;               // (kv_heads, tokens): added to, so that several calls can vote
+  QueryRing queries{};
+  int rows = 0;           // of the ring, the last one at `position` + rows - 1
+  int position = 0;       // of the first of them
+  LayerKv kv{};           // full KV: past, then tail
+  int tokens = 0;         // of the sequence: [0, tokens)
+  float* mass = nullptr;  // (kv_heads, tokens): written
 };
 
-class Kernels {
+// Pages [first, first + count) of full KV, every KV head, into the same pages of `out` in its format.
+struct QuantizeArgs {
+  KvShape shape{};
+  LayerKv full{};
+  int first = 0;
+  int count = 0;
+  KvView out{};
+};
+
+// Chosen tokens of full KV, gathered into out's pages in its format; the rest of a head's last page is zero.
+struct GatherArgs {
+  KvShape shape{};
+  LayerKv full{};
+  const int* chosen = nullptr;  // (kv_heads, stride): ascending token indices
+  int stride = 0;
+  int count = 0;  // of every head
+  KvView out{};
+};
+
+// Equal blocks of memory, one every `stride` bytes: pages to be proved.
+struct BlockRow {
+  const std::byte* first = nullptr;
+  size_t stride = 0;
+  size_t bytes = 0;  // a multiple of 16
+  int count = 0;
+  int checksum_stride = 1;  // block i's checksum is checksums[i * checksum_stride]
+};
+
+struct BlockCopy {
+  std::byte* target = nullptr;
+  const std::byte* source = nullptr;
+  size_t bytes = 0;
+};
+
+class Kernels : public Lane {
  public:
-  virtual ~Kernels() = default;
   virtual std::string_view name() const = 0;  // for logs and `inspect`, e.g. "cpu avx512_bf16, 2 threads"
 
-  virtual size_t packed_bytes(int out, int in) const = 0;
-  // Packs rows [first, first + rows) of a weight; source (rows, in). The matrix must be zeroed before its first rows
-  // are packed.
-  virtual void pack_rows(const bf16* source, int first, int rows, PackedMatrix& matrix) const = 0;
+  virtual size_t device_bytes() const { return 0; }  // that the kernels themselves hold, all lanes
 
-  virtual void embed(const PackedMatrix& table, std::span<const TokenId> tokens, float* out) = 0;  // out (tokens, in)
+  virtual size_t packed_bytes(int out, int in) const = 0;
+  // Packs rows [first, first + rows) of a weight; source (rows, in), host memory. The matrix must be zeroed before its
+  // first rows are packed. Complete on return.
+  virtual void pack_rows(const bf16* source, int first, int rows, PackedMatrix& matrix) const = 0;
+  // Every value a function of (seed, its row and column): uniform in (-scale, scale), the same on every backend.
+  // Complete on return.
+  virtual void fill_random(PackedMatrix& matrix, uint64_t seed, float scale) const = 0;
+  // Once, when every weight stands: chooses how each product runs for every row count, and proves that rows keep their
+  // bits. weights: one of each shape.
+  virtual void tune(std::span<const PackedMatrix> weights) { (void)weights; }
+
+  // The lanes of this backend. A CPU has one.
+  enum class Place { pass, draft, wire_in, wire_out };
+  virtual Kernels& lane(Place place) {
+    (void)place;
+    return *this;
+  }
+
+  // Makes a pass known to the ops that follow on this lane. The vectors must live until the pass is done.
+  virtual void stage(const PassRows& pass) = 0;
+  // Runs body, which enqueues ops for the pass that was staged last. Called again for a pass of the same shape, the
+  // same ops are run without calling it, on the same buffers: forget_passes() when those are others from now on.
+  virtual void replay(const PassRows& pass, const void* state, void (*body)(const void* state)) {
+    (void)pass;
+    body(state);
+  }
+  virtual void forget_passes() {}
+  template <typename Body>
+  void replay_pass(const PassRows& pass, const Body& body) {
+    replay(pass, &body, [](const void* state) { (*static_cast<const Body*>(state))(); });
+  }
+
+  virtual void embed(const PackedMatrix& table, const PassRows& pass, float* out) = 0;  // out (rows, in)
   // x (rows, padded_dim(in)) bf16; y (rows, out) float; products accumulate over K in one order for every row count.
   virtual void matmul(const PackedMatrix& weight, const bf16* x, int rows, float* y, Epilogue epilogue) = 0;
   virtual void add_bias(const float* bias, int rows, int dim, float* y) = 0;  // y (rows, dim)
@@ -100,35 +199,40 @@ class Kernels {
                         bf16* out) = 0;  // gate_up (rows, 2 dim), out (rows, padded_dim(dim))
   virtual void store_qkv(const QkvArgs& args) = 0;
   virtual void attention(const AttentionArgs& args) = 0;
+  // out (logit rows, dim): the rows that pass.logit_rows name.
+  virtual void select_rows(const float* x, const PassRows& pass, int dim, float* out) = 0;
+  // Chooses and hashes as pass.logit_rows say; logits (logit rows, vocabulary). The choice is choose() of sampling.h.
+  virtual void choose(const float* logits, const PassRows& pass, int vocabulary) = 0;
 
-  // For compressors. Sources are bf16 head pages, in the layout of kv_view.h.
+  // For compressors.
+  // Writes the queries of the pass's rows into the rings of their sequences.
+  virtual void keep_queries(const bf16* q, const float* log_sum_exp, int heads, const KvShape& shape,
+                            const PassRows& pass, int layer) = 0;
   virtual void attention_mass(const MassArgs& args) = 0;
-  // tokens < 64: the rest of the page counts as absent (its codes are zero). A page of 16 bits is copied.
+  // scores (rows, n): each value becomes the mean of its neighbours up to `reach` away, those outside counting as zero;
+  // the last `always` become +inf. scores and mass do not overlap.
+  virtual void pool_mass(const float* mass, int rows, int n, int reach, int always, float* scores) = 0;
+  // Of each row of scores (rows, n) the `count` best, ascending by index, into chosen (rows, stride). Ties fall to the
+  // later index, NaN counts as -inf.
+  virtual void choose_best(const float* scores, int rows, int n, int count, int* chosen, int stride) = 0;
+  virtual void quantize(const QuantizeArgs& args) = 0;
+  virtual void gather(const GatherArgs& args) = 0;
+  // One bf16 head page of full KV. tokens < 64: the rest of the page counts as absent (its codes are zero). A page of
+  // 16 bits is copied.
   virtual void quantize_head_page(const std::byte* source, int tokens, const KvShape& shape, const KvFormat& format,
                                   std::byte* out) = 0;
   virtual void dequantize_head_page(const std::byte* source, const KvShape& shape, const KvFormat& format,
                                     std::byte* out) = 0;
-  // Runs body(i) for i in [0, count) on the backend's threads; for compressors' per-head work.
-  virtual void parallel(int count, const void* state, void (*body)(const void* state, int i)) = 0;
 
-  template <typename Body>
-  void parallel_for(int count, const Body& body) {
-    parallel(count, &body, [](const void* state, int i) { (*static_cast<const Body*>(state))(i); });
-  }
+  // For the wire: between device memory and host memory that it reaches, or within one of them.
+  virtual void copy(std::span<const BlockCopy> copies) = 0;
+  virtual void zero(std::byte* target, size_t bytes) = 0;
+  // For tests: the lane does nothing for so long, so that work that fails to wait for it is found out.
+  virtual void delay(int microseconds) { (void)microseconds; }
+  // One checksum per block; checksums is host memory that the device reaches.
+  virtual void checksum(const BlockRow& blocks, uint64_t* checksums) = 0;
+  // Adds the number of blocks whose checksum is another to *mismatches: host memory that the device reaches.
+  virtual void prove(const BlockRow& blocks, const uint64_t* checksums, uint32_t* mismatches) = 0;
 };
-
-// Copies one token of one head, K and V, between bf16 head pages.
-inline void copy_token(const std::byte* source, int source_token, std::byte* target, int target_token,
-                       const KvShape& shape) {
-  const auto* from = reinterpret_cast<const bf16*>(source);
-  auto* to = reinterpret_cast<bf16*>(target);
-  for (int d = 0; d < shape.key_dim(); d += 2) {
-    std::memcpy(to + key_index(target_token, d, shape), from + key_index(source_token, d, shape), 2 * sizeof(bf16));
-  }
-  const size_t values = static_cast<size_t>(kPageTokens) * static_cast<size_t>(shape.key_dim());
-  for (int d = 0; d < shape.head_dim; ++d) {
-    to[values + value_index(target_token, d)] = from[values + value_index(source_token, d)];
-  }
-}
 
 }  // namespace vericache

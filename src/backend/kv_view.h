@@ -31,7 +31,8 @@ struct KvFormat {
   friend bool operator==(const KvFormat&, const KvFormat&) = default;
 };
 
-// A head page holds 64 tokens of one layer and one KV head: first K, then V.
+// A head page holds 64 tokens of one layer and one KV head: first K, then V. Its sizes are the same on every backend;
+// how the values lie in it is the backend's own (CUDA: backend/cuda/layout.h). On the CPU:
 //
 // bf16 layout, that of a packed matrix panel, so that the matrix units read it as it lies:
 //   K: (64 / 16 token panels, key_dim / 2, 16 tokens, 2)   element (t, d) at ((t/16 * key_dim/2 + d/2) * 16 + t%16) * 2
@@ -74,6 +75,20 @@ inline size_t value_index(int token, int dim) {
           static_cast<size_t>(dim % 16)) *
              2 +
          static_cast<size_t>(token % 2);
+}
+
+// Copies one token of one head, K and V, between bf16 head pages of addressable memory.
+inline void copy_token(const std::byte* source, int source_token, std::byte* target, int target_token,
+                       const KvShape& shape) {
+  const auto* from = reinterpret_cast<const bf16*>(source);
+  auto* to = reinterpret_cast<bf16*>(target);
+  for (int d = 0; d < shape.key_dim(); d += 2) {
+    std::memcpy(to + key_index(target_token, d, shape), from + key_index(source_token, d, shape), 2 * sizeof(bf16));
+  }
+  const size_t values = static_cast<size_t>(kPageTokens) * static_cast<size_t>(shape.key_dim());
+  for (int d = 0; d < shape.head_dim; ++d) {
+    to[values + value_index(target_token, d)] = from[values + value_index(source_token, d)];
+  }
 }
 
 // KV of one sequence and one layer. Heads may hold different tokens and different counts; pages are full except a

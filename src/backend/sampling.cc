@@ -1,4 +1,4 @@
-#include "speculate/sampling.h"
+#include "backend/sampling.h"
 
 #include <algorithm>
 #include <bit>
@@ -6,9 +6,9 @@
 #include <limits>
 #include <vector>
 
+#include "backend/philox.h"
 #include "base/check.h"
 #include "base/error.h"
-#include "speculate/philox.h"
 
 namespace vericache {
 namespace {

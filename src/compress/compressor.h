@@ -2,6 +2,7 @@
 // bit. Called from the engine's thread, layer by layer, while a full pass has the layer at hand.
 #pragma once
 
+#include <cstddef>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -17,14 +18,11 @@ struct TokenRange {
   int end = 0;
 };
 
-// The full KV of one layer of one sequence: staged (or device-resident) pages, then the pages of the tail.
+// The full KV of one layer of one sequence: staged (or device-resident) pages, then the pages of the tail. Device
+// memory.
 struct FullLayer {
   KvShape shape;
   LayerKv kv;
-  const std::byte* head_page(int head, int page) const {
-    const int past_pages = kv.tail_position / kPageTokens;
-    return page < past_pages ? kv.past.head_page(head, page) : kv.tail.head_page(head, page - past_pages);
-  }
 };
 
 // What the full passes saw, for free: the last queries (up to Compressor::query_window) of this layer and their softmax
@@ -32,9 +30,8 @@ struct FullLayer {
 struct Attended {
   int heads = 0;
   float scale = 0;
-  const bf16* q = nullptr;             // (rows, heads, key_dim)
-  const float* log_sum_exp = nullptr;  // (rows, heads)
-  int rows = 0;
+  QueryRing queries{};
+  int rows = 0;      // of the ring
   int position = 0;  // of the first of them; they are consecutive
 };
 
@@ -49,6 +46,14 @@ class Compressor {
   // because it chooses among all tokens anew; otherwise it is called for every fold and extends.
   virtual bool chooses_anew() const { return false; }
 
+  // Device memory that compress() works in, for contexts of up to max_tokens; one block for all sequences and layers.
+  virtual size_t scratch_bytes(int max_tokens, const KvShape& shape) const {
+    (void)max_tokens;
+    (void)shape;
+    return 0;
+  }
+  void set_scratch(std::byte* memory) { scratch_ = memory; }
+
   // The most that `tokens` tokens of a sequence occupy in device memory, all layers, in whole head pages. For
   // admission.
   size_t resident_bytes(int tokens, const KvShape& shape) const;
@@ -57,10 +62,16 @@ class Compressor {
   // What crosses the wire for one verification at `tokens` tokens, all layers.
   virtual size_t wire_bytes(int tokens, const KvShape& shape) const = 0;
 
-  // Makes `out` stand for tokens [0, fresh.end) of `full`; it stands for [0, fresh.begin) now.
+  // Makes `out` stand for tokens [0, fresh.end) of `full`; it stands for [0, fresh.begin) now. Enqueued on the lane.
   // false: the pool is out of pages (admission reserves them, so this is a bug where it is checked).
   virtual bool compress(Kernels& kernels, const FullLayer& full, TokenRange fresh, const Attended& seen,
                         ResidentLayer& out) = 0;
+
+ protected:
+  std::byte* scratch() const { return scratch_; }
+
+ private:
+  std::byte* scratch_ = nullptr;
 };
 
 // "none", "kivi:bits=4", "kivi:k=8,v=4", "streaming-llm:sinks=4,window=1024", "snapkv:budget=0.2",

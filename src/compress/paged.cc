@@ -27,12 +27,12 @@ bool PagedCompressor::compress(Kernels& kernels, const FullLayer& full, TokenRan
       return false;
     }
   }
-  const int pages = (fresh.end - fresh.begin) / kPageTokens;
-  kernels.parallel_for(pages * shape.kv_heads, [&](int i) {
-    const int head = i % shape.kv_heads;
-    const int page = fresh.begin / kPageTokens + i / shape.kv_heads;
-    kernels.quantize_head_page(full.head_page(head, page), kPageTokens, shape, format_, out.head_page(head, page));
-  });
+  out.publish(kernels);
+  kernels.quantize({.shape = shape,
+                    .full = full.kv,
+                    .first = fresh.begin / kPageTokens,
+                    .count = (fresh.end - fresh.begin) / kPageTokens,
+                    .out = out.view()});
   return true;
 }
 

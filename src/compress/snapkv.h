@@ -18,13 +18,12 @@ class SnapKv final : public ScoringCompressor {
   std::string name() const override;
   int query_window() const override { return options_.window; }
   int kept_tokens(int tokens) const override { return options_.budget.tokens_of(tokens); }
+  size_t scratch_bytes(int max_tokens, const KvShape& shape) const override;
 
  private:
-  void score(Kernels& kernels, const FullLayer& full, int tokens, const Attended& seen,
-             std::span<float> scores) override;
+  void score(Kernels& kernels, const FullLayer& full, int tokens, const Attended& seen, float* scores) override;
 
   SnapKvOptions options_;
-  std::vector<float> mass_;  // grows to (kv_heads, longest context)
 };
 
 }  // namespace vericache

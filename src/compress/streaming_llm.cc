@@ -2,7 +2,8 @@
 
 #include <fmt/format.h>
 
-#include <cmath>
+#include <algorithm>
+#include <numeric>
 
 namespace vericache {
 
@@ -11,17 +12,20 @@ std::string StreamingLlm::name() const {
 }
 
 int StreamingLlm::kept_tokens(int tokens) const {
-  return Budget{window_, 0}.tokens_of(tokens) + sinks_ < tokens ? Budget{window_, 0}.tokens_of(tokens) + sinks_
-                                                                : tokens;
+  return std::min(tokens, Budget{window_, 0}.tokens_of(tokens) + sinks_);
 }
 
-void StreamingLlm::score(Kernels& /*kernels*/, const FullLayer& full, int tokens, const Attended& /*seen*/,
-                         std::span<float> scores) {
+// Which tokens stay follows from their number alone: every head keeps the same, and the host names them.
+void StreamingLlm::choose(Kernels& kernels, const FullLayer& full, int tokens, const Attended& /*seen*/, int* chosen,
+                          int stride) {
+  const int count = kept_tokens(tokens);
+  const int sinks = std::min(sinks_, count);
+  kept_.resize(static_cast<size_t>(count));
+  std::iota(kept_.begin(), kept_.begin() + sinks, 0);
+  std::iota(kept_.begin() + sinks, kept_.end(), tokens - (count - sinks));
   for (int head = 0; head < full.shape.kv_heads; ++head) {
-    for (int token = 0; token < tokens; ++token) {
-      scores[static_cast<size_t>(head) * static_cast<size_t>(tokens) + static_cast<size_t>(token)] =
-          token < sinks_ ? INFINITY : static_cast<float>(token);
-    }
+    kernels.upload(reinterpret_cast<std::byte*>(chosen + static_cast<ptrdiff_t>(head) * stride), kept_.data(),
+                   kept_.size() * sizeof(int));
   }
 }
 

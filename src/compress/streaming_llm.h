@@ -2,24 +2,27 @@
 // dropped. Called from the engine's thread, as compressor.h says.
 #pragma once
 
-#include "compress/scoring.h"
+#include <vector>
+
+#include "compress/dropping.h"
 
 namespace vericache {
 
-class StreamingLlm final : public ScoringCompressor {
+class StreamingLlm final : public DroppingCompressor {
  public:
   // window: how many of the last folded tokens, a share of the context (at most 1) or a count.
   StreamingLlm(int sinks, double window, const KvFormat& format)
-      : ScoringCompressor(format), sinks_(sinks), window_(window) {}
+      : DroppingCompressor(format), sinks_(sinks), window_(window) {}
   std::string name() const override;
   int kept_tokens(int tokens) const override;
 
  private:
-  void score(Kernels& kernels, const FullLayer& full, int tokens, const Attended& seen,
-             std::span<float> scores) override;
+  void choose(Kernels& kernels, const FullLayer& full, int tokens, const Attended& seen, int* chosen,
+              int stride) override;
 
   int sinks_;
   double window_;
+  std::vector<int> kept_;  // grows to what a head of the longest context keeps
 };
 
 }  // namespace vericache

@@ -1,6 +1,7 @@
 #include "engine/engine.h"
 
 #include <algorithm>
+#include <thread>
 
 #include "base/error.h"
 #include "compress/paged.h"
@@ -28,21 +29,34 @@ Engine::State::State(const Transformer& model, Device& device, std::unique_ptr<C
       device(device),
       compressor(std::move(given)),
       options(options),
-      plan(plan_memory(model, compressor.get(), options, device.available())),
-      shape(model.kv_shape()) {
+      plan(plan_memory(model, compressor.get(), options, device)),
+      shape(model.kv_shape()),
+      pass_lane(model.kernels().lane(Kernels::Place::pass)),
+      draft_lane(model.kernels().lane(Kernels::Place::draft)) {
   if (plan.streaming) {
     compressor = nullptr;
   } else if (compressor == nullptr) {
     compressor = std::make_unique<PagedCompressor>(KvFormat{});
   }
-  pass_activations = model.make_activations(options.pass_rows, plan.logit_rows, device);
+  pass_activations = model.make_activations(options.pass_rows, plan.logit_rows, device, pass_lane);
   if (plan.most_drafts > 0) {
-    draft_activations = model.make_activations(options.max_sequences, options.max_sequences, device);
+    draft_activations = model.make_activations(options.max_sequences, options.max_sequences, device, draft_lane);
+    draft_lane.forget_passes();
   }
   const auto make_pool = [](Device& memory, size_t block_bytes, int count, std::string_view what) {
     return std::make_unique<PagePool>(memory.allocate(block_bytes * static_cast<size_t>(count), what), block_bytes,
                                       count);
   };
+  host = device.make_host_memory(plan.host_bytes);
+  results = {host->allocate_array<TokenId>(static_cast<size_t>(plan.logit_rows), "results"),
+             host->allocate_array<uint64_t>(static_cast<size_t>(plan.logit_rows), "results")};
+  board_pool = make_pool(*host, plan.board_bytes, options.max_sequences, "tokens");
+  if (plan.index_bytes > 0) {
+    index_pool = make_pool(device, plan.index_bytes, options.max_sequences, "tables");
+  }
+  if (plan.scratch_bytes > 0) {
+    compressor->set_scratch(device.allocate(plan.scratch_bytes, "the compressor's scratch"));
+  }
   tail_pool = make_pool(device, page_set_bytes(shape), plan.tail_sets, "the tail");
   if (compressor != nullptr) {
     resident_pool = make_pool(device, head_page_bytes(compressor->format(), shape), plan.resident_pages, "resident KV");
@@ -51,15 +65,16 @@ Engine::State::State(const Transformer& model, Device& device, std::unique_ptr<C
     window_pool = make_pool(device, plan.query_window_bytes, options.max_sequences, "query windows");
   }
   if (!plan.full_on_device) {
-    host = make_cpu_device(plan.host_bytes + (1 << 20));
     host_pool = make_pool(*host, extent_bytes(shape), plan.host_extents, "the host tier");
-    wire = std::make_unique<Wire>(shape,
-                                  WireOptions{.gbps = options.wire_gbps,
-                                              .ring_layers = options.ring_layers,
-                                              .slot_pages = plan.staging_pages,
-                                              .inject_delay_us = options.inject_delay_us,
-                                              .inject_corruption_every = options.inject_corruption_every},
-                                  device.allocate(plan.staging_bytes, "staging"));
+    checksum_pool = make_pool(*host, plan.checksum_bytes, options.max_sequences, "checksums");
+    wire = make_wire(shape,
+                     {.gbps = options.wire_gbps,
+                      .ring_layers = options.ring_layers,
+                      .slot_pages = plan.staging_pages,
+                      .inject_delay_us = options.inject_delay_us,
+                      .inject_corruption_every = options.inject_corruption_every,
+                      .trace = options.trace},
+                     device, *host, model.kernels());
   }
   scheduler = std::make_unique<Scheduler>(SchedulerLimits{.max_sequences = options.max_sequences,
                                                           .pass_rows = options.pass_rows,
@@ -74,8 +89,13 @@ Engine::State::State(const Transformer& model, Device& device, std::unique_ptr<C
   stats.tail_pool_bytes = plan.tail_bytes;
   stats.staging_bytes = plan.staging_bytes;
   stats.resident_pool_bytes = plan.resident_bytes;
-  stats.host_pool_bytes = plan.host_bytes;
+  stats.host_pool_bytes = static_cast<size_t>(plan.host_extents) * extent_bytes(shape);
   stats.full_on_device = plan.full_on_device;
+}
+
+Engine::State::~State() {
+  pass_lane.wait(pass_lane.mark());
+  draft_lane.wait(draft_lane.mark());
 }
 
 SeqId Engine::State::submit(Request request) {
@@ -125,25 +145,28 @@ SeqId Engine::State::submit(Request request) {
 void Engine::State::admit(SeqId id) {
   Sequence& s = *sequences.at(id);
   const int length = s.prompt_tokens + s.max_tokens;
-  s.tail = std::make_unique<Tail>(shape, *tail_pool, plan.sequence_sets);
-  s.resident_end.assign(static_cast<size_t>(shape.layers), 0);
+  s.board = reinterpret_cast<TokenId*>(board_pool->take());
+  check(s.board != nullptr, "there is a board for every sequence");
+  std::copy(s.tokens.begin(), s.tokens.end(), s.board);
+  s.index_memory = index_pool != nullptr ? index_pool->take() : nullptr;
+  s.tail = std::make_unique<Tail>(shape, *tail_pool, plan.sequence_sets, draft_lane,
+                                  plan.tail_index_bytes > 0 ? s.index_memory : nullptr);
   if (compressor != nullptr) {
-    s.resident =
-        std::make_unique<ResidentKv>(shape, compressor->format(), *resident_pool, compressor->kept_tokens(length));
+    s.resident = std::make_unique<ResidentKv>(shape, compressor->format(), *resident_pool,
+                                              ResidentIndex{.memory = s.index_memory + plan.tail_index_bytes,
+                                                            .max_pages = plan.resident_head_pages,
+                                                            .chosen_stride = plan.chosen_stride,
+                                                            .mirrored = !device.addressable()});
   }
   if (!plan.full_on_device) {
-    s.full = std::make_unique<FullKv>(shape, *host_pool, (length + kPageTokens - 1) / kPageTokens);
+    s.full = std::make_unique<FullKv>(shape, *host_pool, *checksum_pool, (length + kPageTokens - 1) / kPageTokens);
+    while (!s.full->reachable(*host)) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));  // its slabs are still being pinned
+    }
   }
   if (window_pool != nullptr) {
     s.query_memory = window_pool->take();
     check(s.query_memory != nullptr, "there is a query window for every sequence");
-    const int queries = model.config().heads * shape.key_dim();
-    const int capacity = compressor->query_window();
-    for (int layer = 0; layer < shape.layers; ++layer) {
-      s.windows.emplace_back(
-          s.query_memory + static_cast<size_t>(layer) * QueryWindow::bytes(capacity, queries, model.config().heads),
-          capacity, queries, model.config().heads);
-    }
   }
   update_load(s);
 }
@@ -151,7 +174,7 @@ void Engine::State::admit(SeqId id) {
 void Engine::State::update_load(const Sequence& s) {
   // What ends only waits for its pages to be out.
   scheduler->update(s.id, {.backlog = s.finish || s.cancelled ? 0 : s.backlog(),
-                           .drafted = static_cast<int>(s.drafted.size()),
+                           .drafted = s.drafted,
                            .horizon = s.horizon.tokens(),
                            .most_drafts = std::min(plan.most_drafts, s.useful_drafts()),
                            .past_pages = s.full ? s.full->stored() : 0});
@@ -177,22 +200,11 @@ bool Engine::State::step() {
   if (!step_plan.pass.empty()) {
     open_pass(step_plan.pass);
   }
-  if (advance_pass() || draft(step_plan.draft) || !step_plan.admit.empty()) {
-    return true;
+  // Both lanes are given what they can take.
+  const bool advanced = advance_pass();
+  if (!(draft(step_plan.draft) || advanced || !step_plan.admit.empty())) {
+    wait(seen);
   }
-  const Stopwatch waiting;
-  if (!passes.empty()) {
-    FullPass& pass = *passes.front();
-    pass.wait_layer();
-    if (!pass.started()) {
-      start_pass(pass);  // nobody can draft on
-    }
-  } else if (wire) {
-    wire->wait_change(seen);  // pages on their way out hold up the tail
-  } else {
-    check(false, "the engine has work and can always go on");
-  }
-  stats.wait_seconds += waiting.seconds();
   return true;
 }
 
@@ -232,8 +244,14 @@ void Engine::State::reap() {
     for (size_t i = 0; i < s.stats.accepted_at.size(); ++i) {
       stats.speculation.accepted_at[i] += s.stats.accepted_at[i];
     }
-    if (s.query_memory != nullptr) {
-      window_pool->give(s.query_memory);
+    s.tail.reset();
+    s.resident.reset();
+    for (auto [pool, block] : {std::pair{window_pool.get(), s.query_memory},
+                               {index_pool.get(), s.index_memory},
+                               {board_pool.get(), reinterpret_cast<std::byte*>(s.board)}}) {
+      if (block != nullptr) {
+        pool->give(block);
+      }
     }
     scheduler->remove(s.id);
     it = sequences.erase(it);
@@ -263,6 +281,10 @@ bool Engine::step() {
   return state_->step();
 }
 
+void Engine::hold_decoding(bool held) {
+  state_->scheduler->hold_decoding(held);
+}
+
 void Engine::cancel(SeqId id) {
   if (const auto sequence = state_->sequences.find(id); sequence != state_->sequences.end()) {
     sequence->second->cancelled = true;
@@ -281,7 +303,8 @@ const EngineStats& Engine::stats() const {
 
 bool Engine::pools_whole() const {
   for (const PagePool* pool :
-       {state_->tail_pool.get(), state_->resident_pool.get(), state_->host_pool.get(), state_->window_pool.get()}) {
+       {state_->tail_pool.get(), state_->resident_pool.get(), state_->host_pool.get(), state_->window_pool.get(),
+        state_->index_pool.get(), state_->board_pool.get(), state_->checksum_pool.get()}) {
     if (pool != nullptr && pool->used() != 0) {
       return false;
     }

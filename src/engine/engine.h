@@ -11,12 +11,12 @@
 #include <string_view>
 #include <vector>
 
+#include "backend/sampling.h"
 #include "base/token.h"
 #include "compress/compressor.h"
 #include "engine/options.h"
 #include "engine/scheduler.h"
 #include "model/transformer.h"
-#include "speculate/sampling.h"
 
 namespace vericache {
 
@@ -62,9 +62,10 @@ struct EngineStats {
   int64_t draft_steps = 0;
   int64_t full_passes = 0;
   int64_t decode_passes = 0;  // full passes that decided at least one token
-  double draft_seconds = 0;   // wall time inside draft steps, full passes, and waiting for the wire
+  double draft_seconds = 0;   // inside draft steps, the layers of full passes and transfers in, as the device saw it
   double pass_seconds = 0;
-  double wait_seconds = 0;
+  double wire_seconds = 0;
+  double wait_seconds = 0;          // in which the engine's thread found nothing to enqueue
   size_t wire_in_bytes = 0;         // residuals brought in
   size_t wire_in_bytes_decode = 0;  // of them, for passes that decided tokens
   size_t wire_out_bytes = 0;        // full KV flown out
@@ -96,7 +97,10 @@ class Engine {
   // new token, or a sampling parameter is out of range. max_tokens is cut to what the context leaves.
   SeqId submit(Request request);
   void cancel(SeqId id);  // its last progress comes with FinishReason::cancelled; unknown ids are ignored
-  bool step();            // does one unit of work; false when no sequence is left
+  // For measurements: while held, sequences wait once their prompt is read and one token decided. Not to be stepped
+  // when all of them wait.
+  void hold_decoding(bool held);
+  bool step();  // does one unit of work; false when no sequence is left
   void run() {
     while (step()) {
     }

@@ -1,17 +1,18 @@
 #include "engine/full_pass.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 
 #include "base/check.h"
+#include "base/trace.h"
 
 namespace vericache {
 
 FullPass::FullPass(const Transformer& model, Compressor* compressor, Wire* wire, std::vector<FullPassMember> members)
     : model_(model), compressor_(compressor), wire_(wire), members_(std::move(members)) {
-  const size_t heads = static_cast<size_t>(model.config().kv_heads);
   std::vector<FetchPart> parts;
   int staged = 0;
-  size_t table = 0;
   for (FullPassMember& member : members_) {
     Sequence& sequence = *member.sequence;
     sequence.in_pass = true;
@@ -23,16 +24,12 @@ FullPass::FullPass(const Transformer& model, Compressor* compressor, Wire* wire,
     // pass.
     member.fold_end = (member.position + member.backlog_rows) / kPageTokens * kPageTokens;
     member.first_staged = staged;
-    table_begin_.push_back(table);
-    past_tokens_.insert(past_tokens_.end(), heads, member.past_pages * kPageTokens);
     if (wire != nullptr) {
       const bool exact = compressor != nullptr && compressor->format().exact();
       parts.push_back({sequence.full.get(), exact ? sequence.resident.get() : nullptr, member.past_pages, staged});
       staged += member.past_pages;
-      table += heads * static_cast<size_t>(member.past_pages);
     }
   }
-  staged_table_.resize(table);
   if (wire != nullptr) {
     fetch_ = wire->fetch(std::move(parts));
   }
@@ -42,7 +39,7 @@ bool FullPass::members_ready() const {
   return std::all_of(members_.begin(), members_.end(), [](const FullPassMember& member) {
     const Sequence& s = *member.sequence;
     return !member.decides || s.cancelled || s.backlog() > 1 ||
-           static_cast<int>(s.drafted.size()) >= std::min(s.horizon.tokens(), s.useful_drafts());
+           s.drafted >= std::min(s.horizon.tokens(), s.useful_drafts());
   });
 }
 
@@ -50,106 +47,165 @@ bool FullPass::decides() const {
   return std::any_of(members_.begin(), members_.end(), [](const FullPassMember& member) { return member.decides; });
 }
 
-bool FullPass::layer_arrived() const {
-  return wire_ == nullptr || wire_->arrived(*fetch_, std::max(0, next_layer_));
+bool FullPass::arrived() const {
+  return wire_ == nullptr || wire_->arrived(*fetch_, 0);
 }
 
-void FullPass::wait_layer() const {
+void FullPass::wait_arrival() const {
   if (wire_ != nullptr) {
     wire_->wait(*fetch_, std::max(0, next_layer_));
   }
 }
 
-void FullPass::start(Activations& activations) {
-  std::vector<TokenId> tokens;
+bool FullPass::layer_ready() const {
+  return wire_ == nullptr || wire_->ready(*fetch_, next_layer_);
+}
+
+void FullPass::start(Activations& activations, const PassResults& results, bool drafts_on) {
+  int rows = 0;
   for (FullPassMember& member : members_) {
     Sequence& sequence = *member.sequence;
-    member.first_row = static_cast<int>(tokens.size());
-    member.drafts = member.decides ? std::min(static_cast<int>(sequence.drafted.size()), member.most_drafts) : 0;
+    member.first_row = rows;
+    member.drafts = member.decides ? std::min(sequence.drafted, member.most_drafts) : 0;
+    member.bonus = member.drafts == 0 || !drafts_on || sequence.drafted >= sequence.useful_drafts();
     sequence.pass_end = member.position + member.rows();
-    check(sequence.tail->end() >= member.position + member.rows(), "a pass has room in the tails for its rows");
-    const auto first = sequence.tokens.begin() + member.position;
-    tokens.insert(tokens.end(), first, first + member.backlog_rows);
-    tokens.insert(tokens.end(), sequence.drafted.begin(), sequence.drafted.begin() + member.drafts);
-    sequence_rows_.push_back(
-        {.first_row = member.first_row, .rows = member.rows(), .position = member.position, .kv = {}});
+    check(sequence.tail->end() >= sequence.pass_end, "a pass has room in the tails for its rows");
+    rows += member.rows();
+    for (int i = 0; i < member.deciding_rows(); ++i) {
+      const size_t index = logit_rows_.size();
+      logit_rows_.push_back({.row = member.deciding_row() + i,
+                             .position = static_cast<int>(sequence.tokens.size()) + i,
+                             .sampling = sequence.request.sampling,
+                             .token = results.tokens + index,
+                             .hash = results.hashes + index});
+    }
   }
-  rows_ = static_cast<int>(tokens.size());
-  model_.embed(tokens, activations);
+  place_rows();
+  pass_ = {.rows = rows,
+           .layers = model_.config().layers,
+           .draft = false,
+           .sequences = sequence_rows_,
+           .logit_rows = logit_rows_};
+  activations.lane->stage(pass_);
+  model_.embed(pass_, activations);
   next_layer_ = 0;
 }
 
-LayerKv FullPass::full_view(const FullPassMember& member, size_t index, int layer) {
+void FullPass::place_rows() {
+  for (int layer = 0; layer < model_.config().layers; ++layer) {
+    for (size_t i = 0; i < members_.size(); ++i) {
+      const FullPassMember& member = members_[i];
+      sequence_rows_.push_back({.first_row = member.first_row,
+                                .rows = member.rows(),
+                                .position = member.position,
+                                .tokens = member.sequence->board,
+                                .kv = full_view(member, i, layer),
+                                .queries = queries(*member.sequence, layer)});
+    }
+  }
+}
+
+LayerKv FullPass::full_view(const FullPassMember& member, size_t index, int layer) const {
   const Sequence& sequence = *member.sequence;
   LayerKv kv;
   kv.tail_position = member.past_pages * kPageTokens;
   kv.tail = sequence.tail->view(layer, kv.tail_position);
-  if (wire_ == nullptr) {
-    kv.past = sequence.resident->layer(layer).view();
-    return kv;
-  }
-  const KvShape shape = model_.kv_shape();
-  std::byte** table = staged_table_.data() + table_begin_[index];
-  for (int page = 0; page < member.past_pages; ++page) {
-    std::byte* staged = wire_->staged(*fetch_, layer, member.first_staged + page);
-    for (int head = 0; head < shape.kv_heads; ++head) {
-      table[head * member.past_pages + page] = staged + static_cast<size_t>(head) * head_page_bytes(KvFormat{}, shape);
-    }
-  }
-  kv.past.head_pages = table;
-  kv.past.page_stride = member.past_pages;
-  kv.past.tokens = past_tokens_.data() + index * static_cast<size_t>(shape.kv_heads);
+  kv.past = wire_ == nullptr ? sequence.resident->layer(layer).view()
+                             : wire_->staged_view(*fetch_, layer, fetch_->parts()[index]);
   return kv;
+}
+
+QueryRing FullPass::queries(const Sequence& sequence, int layer) const {
+  if (sequence.query_memory == nullptr) {
+    return {};
+  }
+  const size_t capacity = static_cast<size_t>(compressor_->query_window());
+  const size_t heads = static_cast<size_t>(model_.config().heads);
+  const size_t q_values = capacity * heads * static_cast<size_t>(model_.kv_shape().key_dim());
+  const size_t layer_bytes = q_values * sizeof(bf16) + capacity * heads * sizeof(float);
+  std::byte* memory = sequence.query_memory + static_cast<size_t>(layer) * layer_bytes;
+  return {reinterpret_cast<bf16*>(memory), reinterpret_cast<float*>(memory + q_values * sizeof(bf16)),
+          static_cast<int>(capacity)};
 }
 
 void FullPass::run_layer(Activations& activations) {
   const int layer = next_layer_;
-  for (size_t i = 0; i < members_.size(); ++i) {
-    sequence_rows_[i].kv = full_view(members_[i], i, layer);
-    members_[i].corrupt = members_[i].corrupt || (fetch_ != nullptr && fetch_->corrupt(i));
+  Kernels& lane = *activations.lane;
+  if (wire_ != nullptr) {
+    wire_->await(*fetch_, layer, lane);
   }
-  model_.layer(layer, rows_, sequence_rows_, activations);
-  for (size_t i = 0; i < members_.size(); ++i) {
-    if (compressor_ != nullptr && !members_[i].corrupt) {
-      compress(members_[i], sequence_rows_[i].kv, layer, activations);
+  const Mark begin = lane.mark();
+  model_.layer(layer, pass_, activations);
+  if (compressor_ != nullptr) {
+    if (compressor_->query_window() > 0) {
+      lane.keep_queries(activations.q, activations.log_sum_exp, model_.config().heads, model_.kv_shape(), pass_, layer);
+    }
+    for (size_t i = 0; i < members_.size(); ++i) {
+      members_[i].corrupt = members_[i].corrupt || (fetch_ != nullptr && fetch_->corrupt(i));
+      if (!members_[i].corrupt) {
+        compress(members_[i], pass_.layer(layer)[i], layer, lane);
+      }
     }
   }
+  spans_.emplace_back(begin, lane.mark());
   if (wire_ != nullptr) {
-    wire_->release(*fetch_, layer);
+    wire_->release(*fetch_, layer, lane);
   }
   ++next_layer_;
 }
 
-void FullPass::compress(const FullPassMember& member, const LayerKv& kv, int layer, const Activations& activations) {
+void FullPass::compress(const FullPassMember& member, const SequenceRows& rows, int layer, Kernels& lane) {
   Sequence& sequence = *member.sequence;
-  const ModelConfig& config = model_.config();
-  const KvShape shape = model_.kv_shape();
   Attended seen;
-  if (!sequence.windows.empty()) {
-    QueryWindow& window = sequence.windows[static_cast<size_t>(layer)];
-    window.append(activations.q + static_cast<ptrdiff_t>(member.first_row) * config.heads * shape.key_dim(),
-                  activations.log_sum_exp + static_cast<ptrdiff_t>(member.first_row) * config.heads, member.rows(),
-                  member.position);
-    seen = window.attended(config.heads, model_.attention_scale());
+  if (rows.queries.capacity > 0) {
+    // The rings hold consecutive positions, up to this pass's last row.
+    const int end = member.position + member.rows();
+    const int first = std::max(end - rows.queries.capacity, sequence.queries_from);
+    seen = {.heads = model_.config().heads,
+            .scale = model_.attention_scale(),
+            .queries = rows.queries,
+            .rows = end - first,
+            .position = first};
   }
   const TokenRange fresh{sequence.folded, member.fold_end};
   const bool due = compressor_->chooses_anew() ? member.decides && fresh.end > 0 : fresh.end > fresh.begin;
   if (due) {
-    check(compressor_->compress(model_.kernels(), {shape, kv}, fresh, seen, sequence.resident->layer(layer)),
+    check(compressor_->compress(lane, {model_.kv_shape(), rows.kv}, fresh, seen, sequence.resident->layer(layer)),
           "admission reserves the resident pages of a sequence");
   }
-  sequence.resident_end[static_cast<size_t>(layer)] = fresh.end;
 }
 
 void FullPass::run_logits(Activations& activations) {
-  std::vector<int> rows;
-  for (const FullPassMember& member : members_) {
-    for (int i = 0; member.decides && i <= member.drafts; ++i) {
-      rows.push_back(member.deciding_row() + i);
-    }
+  if (!logit_rows_.empty()) {
+    model_.logits(pass_, activations);
   }
-  if (!rows.empty()) {
-    model_.logits(rows, activations);
+  last_mark_ = activations.lane->mark();
+}
+
+double FullPass::seconds(const Activations& activations) const {
+  double seconds = activations.lane->seconds(spans_.back().second, last_mark_);
+  for (const auto& [from, to] : spans_) {
+    seconds += activations.lane->seconds(from, to);
+  }
+  return seconds;
+}
+
+void FullPass::trace(Trace& trace, const Activations& activations) const {
+  Lane& lane = *activations.lane;
+  const std::string_view name = decides() ? "verify" : "prefill";
+  for (size_t layer = 0; layer < spans_.size(); ++layer) {
+    trace.span("pass", fmt::format("{} layer {}, {} rows", name, layer, rows()), lane.time(spans_[layer].first),
+               lane.time(spans_[layer].second));
+  }
+  trace.span("pass", "logits", lane.time(spans_.back().second), lane.time(last_mark_));
+  if (fetch_ != nullptr) {
+    fetch_->trace(trace);
+  }
+}
+
+void FullPass::collect_corruption() {
+  for (size_t i = 0; fetch_ != nullptr && i < members_.size(); ++i) {
+    members_[i].corrupt = fetch_->corrupt(i);
   }
 }
 

@@ -20,15 +20,25 @@ struct FullPassMember {
   int position = 0;      // of its first row
   int backlog_rows = 0;  // rows of decided tokens
   int most_drafts = 0;   // that the plan has room for; a horizon that has shrunk may have left more
-  int drafts = 0;        // rows of drafted tokens behind them; fixed when the pass starts
+  int drafts = 0;        // drafted tokens that it judges; fixed when the pass starts
+  // The last of them is fed too, and a token beyond it decided. Else its sequence drafts on meanwhile: the pass and the
+  // drafts never write the same slots of the tail.
+  bool bonus = true;
   int first_row = 0;
   int past_pages = 0;  // full KV outside the tail, as the plan counted it: the wire may have stored more since
   int first_staged = 0;
   int fold_end = 0;      // where its resident part will end after the pass
   bool corrupt = false;  // what the wire brought failed its checksum: nothing of this member is used
-  int rows() const { return backlog_rows + drafts; }
-  // The rows whose logits decide: the last decided token and the drafts.
+  int rows() const { return backlog_rows + drafts - (bonus ? 0 : 1); }
+  // The rows whose logits decide: the last decided token and the drafts that are fed.
   int deciding_row() const { return first_row + backlog_rows - 1; }
+  int deciding_rows() const { return decides ? drafts + (bonus ? 1 : 0) : 0; }
+};
+
+// What a pass decides, in host memory that the device reaches; one block serves one pass after the other.
+struct PassResults {
+  TokenId* tokens = nullptr;   // (logit rows)
+  uint64_t* hashes = nullptr;  // (logit rows)
 };
 
 class FullPass {
@@ -39,39 +49,49 @@ class FullPass {
   // Every deciding member has drafted what its horizon asks for.
   bool members_ready() const;
   bool started() const { return next_layer_ >= 0; }
-  int next_layer() const { return next_layer_; }
-  bool finished() const { return next_layer_ == model_.config().layers; }
-  // The next layer's full KV is at hand.
-  bool layer_arrived() const;
-  void wait_layer() const;
+  // The first layers' full KV is at hand.
+  bool arrived() const;
+  void wait_arrival() const;
+  // The lane may be given the next layer.
+  bool layer_ready() const;
+  bool computed() const { return next_layer_ == model_.config().layers; }  // every layer is enqueued
+  bool enqueued() const { return last_mark_ != 0; }
+  bool finished(const Activations& a) const { return enqueued() && a.lane->reached(last_mark_); }
 
-  // Fixes the rows: each deciding member brings the drafts it has by now. The tails must have room for them.
-  void start(Activations& activations);
-  // Runs the next layer; on the way verified KV enters the tails and compressors see the layer.
+  // Fixes the rows: each deciding member brings the drafts it has by now, `most_drafts` at most; `drafts_on` says who
+  // goes on drafting while the pass runs. The tails must have room for them.
+  void start(Activations& activations, const PassResults& results, bool drafts_on);
+  // Enqueues the next layer; on the way verified KV enters the tails and compressors see the layer.
   void run_layer(Activations& activations);
-  // After the last layer: logits of all deciding rows, one member below the other.
+  // After the last layer: logits of all deciding rows, one member below the other, and what they choose.
   void run_logits(Activations& activations);
+  // When finished: what of the time went into computing, and which members were betrayed by the wire.
+  double seconds(const Activations& activations) const;
+  void collect_corruption();
+  void trace(Trace& trace, const Activations& activations) const;
 
   std::span<FullPassMember> members() { return members_; }
   bool decides() const;
-  int rows() const { return rows_; }
+  int rows() const { return pass_.rows; }
   const Fetch* fetch() const { return fetch_.get(); }
 
  private:
-  LayerKv full_view(const FullPassMember& member, size_t index, int layer);
-  void compress(const FullPassMember& member, const LayerKv& kv, int layer, const Activations& activations);
+  void place_rows();
+  LayerKv full_view(const FullPassMember& member, size_t index, int layer) const;
+  QueryRing queries(const Sequence& sequence, int layer) const;
+  void compress(const FullPassMember& member, const SequenceRows& rows, int layer, Kernels& lane);
 
   const Transformer& model_;
   Compressor* compressor_;
   Wire* wire_;
   std::vector<FullPassMember> members_;
   std::shared_ptr<Fetch> fetch_;
-  int rows_ = 0;
   int next_layer_ = -1;
-  std::vector<SequenceRows> sequence_rows_;  // per member
-  std::vector<std::byte*> staged_table_;     // per member: (kv_heads, past_pages)
-  std::vector<size_t> table_begin_;          // per member
-  std::vector<int> past_tokens_;             // per member: (kv_heads)
+  Mark last_mark_ = 0;
+  PassRows pass_;
+  std::vector<SequenceRows> sequence_rows_;  // (layers, members)
+  std::vector<LogitRow> logit_rows_;
+  std::vector<std::pair<Mark, Mark>> spans_;  // of each layer's computation
 };
 
 }  // namespace vericache

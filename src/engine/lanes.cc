@@ -1,11 +1,25 @@
-#include <algorithm>
+#include <fmt/format.h>
 
+#include <algorithm>
+#include <thread>
+
+#include "base/trace.h"
 #include "engine/state.h"
-#include "speculate/verification.h"
 
 namespace vericache {
+namespace {
 
-// Runs the layers of the first open pass whose full KV is at hand.
+// Steps that the draft lane is given ahead: enough that it never waits for the host, few enough that a refusal wastes
+// little.
+constexpr size_t kDraftsAhead = 2;
+
+void smooth(double& mean, double value) {
+  mean = mean == 0 ? value : 0.9 * mean + 0.1 * value;
+}
+
+}  // namespace
+
+// Enqueues what of the first open pass can be, and ends it when it is done.
 bool Engine::State::advance_pass() {
   if (passes.empty()) {
     return false;
@@ -13,39 +27,43 @@ bool Engine::State::advance_pass() {
   FullPass& pass = *passes.front();
   if (!pass.started()) {
     // A pass whose members still draft waits for them, unless another waits behind it.
-    if (!pass.layer_arrived() || !(pass.members_ready() || passes.size() > 1)) {
+    if (!pass.arrived() || !(pass.members_ready() || passes.size() > 1)) {
       return false;
     }
     start_pass(pass);
   }
-  if (!pass.layer_arrived()) {
-    return false;
+  bool advanced = false;
+  while (!pass.enqueued() && (pass.computed() || pass.layer_ready())) {
+    pass.computed() ? pass.run_logits(pass_activations) : pass.run_layer(pass_activations);
+    advanced = true;
   }
-  const Stopwatch watch;
-  while (!pass.finished() && pass.layer_arrived()) {
-    pass.run_layer(pass_activations);
-  }
-  const bool finished = pass.finished();
-  if (finished) {
-    pass.run_logits(pass_activations);
-  }
-  pass_seconds += watch.seconds();
-  stats.pass_seconds += watch.seconds();
-  if (finished) {
+  if (pass.finished(pass_activations)) {
     finish_pass(pass);
     passes.pop_front();
     note_peaks();
+    return true;
   }
-  return true;
+  return advanced;
 }
 
 void Engine::State::start_pass(FullPass& pass) {
   for (const FullPassMember& member : pass.members()) {
     Sequence& s = *member.sequence;
-    check(s.tail->grow(s.verified + member.backlog_rows + static_cast<int>(s.drafted.size())),
-          "the tail has room for every decoding sequence");
+    check(s.tail->grow(s.verified + member.backlog_rows + s.drafted), "the tail has room for every decoding sequence");
   }
-  pass.start(pass_activations);
+  // Drafts that the pass judges, and tails that it reads, are the draft lane's work.
+  pass_lane.follow(draft_lane, draft_lane.mark());
+  pass.start(pass_activations, results, worth_drafting_on(pass));
+}
+
+// A sequence that drafts while its pass runs gives up the token that the pass would decide beyond its drafts: worth it
+// when the wire leaves time for several drafts.
+bool Engine::State::worth_drafting_on(const FullPass& pass) const {
+  int pages = 0;
+  for (size_t i = 0; pass.fetch() != nullptr && i < pass.fetch()->parts().size(); ++i) {
+    pages += pass.fetch()->parts()[i].pages;
+  }
+  return wire_page_seconds * pages > 2 * draft_step_seconds;
 }
 
 bool Engine::State::may_grow(const Sequence& sequence, int end) const {
@@ -83,55 +101,110 @@ void Engine::State::open_pass(std::span<const PassMember> members) {
   }
 }
 
+// Takes note of the steps that are done. Whether `most` or more are still under way.
+bool Engine::State::drafts_in_flight(size_t most) {
+  while (!draft_steps.empty() && draft_lane.reached(draft_steps.front().end)) {
+    const DraftStep& step = draft_steps.front();
+    const double seconds = draft_lane.seconds(step.begin, step.end);
+    stats.draft_seconds += seconds;
+    if (options.trace != nullptr) {
+      options.trace->span("draft", fmt::format("{} sequences", step.rows), draft_lane.time(step.begin),
+                          draft_lane.time(step.end));
+    }
+    smooth(draft_step_seconds, seconds);
+    smooth(draft_row_seconds, seconds / step.rows);
+    draft_steps.pop_front();
+  }
+  return draft_steps.size() >= most;
+}
+
 // One token further for each: a cheap pass over resident + tail. Its KV goes to the tail, where verification overwrites
 // it.
 bool Engine::State::draft(std::span<const SeqId> ids) {
-  const Stopwatch watch;
+  if (ids.empty() || drafts_in_flight(kDraftsAhead)) {
+    return false;
+  }
   std::vector<Sequence*> members;
-  std::vector<TokenId> tokens;
-  std::vector<SequenceRows> rows;
   for (const SeqId id : ids) {
     Sequence& s = *sequences.at(id);
-    const int position = static_cast<int>(s.tokens.size() + s.drafted.size()) - 1;
-    // While a pass computes the sequence's last token, that token's page may be folded already: its draft waits.
-    const bool folded_under_it = position < s.resident_end.front();
-    if (s.cancelled || s.finish || folded_under_it || !may_grow(s, position + 1)) {
+    const int position = static_cast<int>(s.tokens.size()) + s.drafted - 1;
+    // The slots up to pass_end are written by the pass that computes the sequence now.
+    if (s.cancelled || s.finish || position < s.pass_end || !may_grow(s, position + 1)) {
       continue;
     }
     check(s.tail->grow(position + 1), "the tail's pool holds what is free in it");
-    rows.push_back({.first_row = static_cast<int>(members.size()), .rows = 1, .position = position, .kv = {}});
-    tokens.push_back(s.drafted.empty() ? s.tokens.back() : s.drafted.back());
     members.push_back(&s);
   }
   if (members.empty()) {
     return false;
   }
-  const int count = static_cast<int>(members.size());
-  model.embed(tokens, draft_activations);
-  for (int layer = 0; layer < shape.layers; ++layer) {
-    for (size_t i = 0; i < members.size(); ++i) {
-      rows[i].kv = members[i]->draft_view(layer);
-      // What the pass in progress has computed for this row's token is verified: drafts read it and leave it.
-      rows[i].keep_kv = rows[i].position < members[i]->pass_end && layer < passes.front()->next_layer();
+  stage_draft(members);
+  const Mark begin = draft_lane.mark();
+  draft_lane.replay_pass(draft_pass, [&] {
+    model.embed(draft_pass, draft_activations);
+    for (int layer = 0; layer < shape.layers; ++layer) {
+      model.layer(layer, draft_pass, draft_activations);
     }
-    model.layer(layer, count, rows, draft_activations);
-  }
-  std::vector<int> all(members.size());
-  for (int i = 0; i < count; ++i) {
-    all[static_cast<size_t>(i)] = i;
-  }
-  model.logits(all, draft_activations);
-  const LogitsView logits{draft_activations.logits, count, model.config().vocab_size};
-  for (int i = 0; i < count; ++i) {
-    Sequence& s = *members[static_cast<size_t>(i)];
-    s.drafted.push_back(choose(logits.row(i), s.request.sampling, rows[static_cast<size_t>(i)].position + 1));
-    update_load(s);
+    model.logits(draft_pass, draft_activations);
+  });
+  draft_steps.push_back({begin, draft_lane.mark(), draft_pass.rows});
+  for (Sequence* s : members) {
+    ++s->drafted;
+    update_load(*s);
   }
   ++stats.draft_steps;
-  stats.draft_seconds += watch.seconds();
-  const double per_row = watch.seconds() / count;
-  draft_row_seconds = draft_row_seconds == 0 ? per_row : 0.9 * draft_row_seconds + 0.1 * per_row;
   return true;
+}
+
+void Engine::State::stage_draft(std::span<Sequence* const> members) {
+  draft_rows.clear();
+  draft_choices.clear();
+  for (int layer = 0; layer < shape.layers; ++layer) {
+    for (size_t i = 0; i < members.size(); ++i) {
+      const Sequence& s = *members[i];
+      draft_rows.push_back({.first_row = static_cast<int>(i),
+                            .rows = 1,
+                            .position = static_cast<int>(s.tokens.size()) + s.drafted - 1,
+                            .tokens = s.board,
+                            .kv = s.draft_view(layer),
+                            .queries = {}});
+    }
+  }
+  for (size_t i = 0; i < members.size(); ++i) {
+    const Sequence& s = *members[i];
+    const int position = draft_rows[i].position + 1;
+    draft_choices.push_back({.row = static_cast<int>(i),
+                             .position = position,
+                             .sampling = s.request.sampling,
+                             .token = s.board + position,
+                             .hash = nullptr});
+  }
+  draft_pass = {.rows = static_cast<int>(members.size()),
+                .layers = shape.layers,
+                .draft = true,
+                .sequences = draft_rows,
+                .logit_rows = draft_choices};
+  draft_lane.stage(draft_pass);
+}
+
+// Nothing could be enqueued: lanes are at work, or the wire is.
+void Engine::State::wait(uint64_t seen) {
+  const Stopwatch waiting;
+  const bool drafting = drafts_in_flight(1);
+  const bool unstarted = !passes.empty() && !passes.front()->started();
+  if (unstarted && !drafting && (device.addressable() || passes.front()->arrived())) {
+    passes.front()->wait_arrival();
+    start_pass(*passes.front());  // nobody can draft on
+  } else if (!device.addressable()) {
+    check(!passes.empty() || drafting || wire, "the engine has work and can always go on");
+    std::this_thread::yield();
+  } else if (!passes.empty()) {
+    passes.front()->wait_arrival();
+  } else {
+    check(wire != nullptr, "the engine has work and can always go on");
+    wire->wait_change(seen);  // pages on their way out hold up the tail
+  }
+  stats.wait_seconds += waiting.seconds();
 }
 
 }  // namespace vericache

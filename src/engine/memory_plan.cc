@@ -5,6 +5,7 @@
 #include "base/error.h"
 #include "kv/host_tier.h"
 #include "kv/tail.h"
+#include "kv/wire.h"
 
 namespace vericache {
 namespace {
@@ -34,9 +35,9 @@ MemoryPlan fixed_sizes(const Transformer& model, const Compressor* compressor, c
                 o.pass_rows, plan.most_drafts, plan.most_drafts + 1, (o.pass_rows - 1) / 2);
   }
   plan.logit_rows = std::min(o.pass_rows, o.max_sequences * (1 + plan.most_drafts));
-  // A decoding sequence's tail reaches from the last page border that is folded and stored, two verifications back at
-  // most.
-  plan.decode_sets = (kPageTokens - 1 + 3 * (plan.most_drafts + 1)) / kPageTokens + 2;
+  // A decoding sequence's tail holds what no whole page is made of yet, the rows of the last pass until they are stored
+  // outside, and what was drafted since; it may begin and end within a page.
+  plan.decode_sets = (2 * (kPageTokens - 1) + 2 * (plan.most_drafts + 1)) / kPageTokens + 1;
   const int chunk_sets = pages_for(o.pass_rows) + 1;
   plan.sequence_sets = plan.decode_sets + 2 * chunk_sets;
   plan.tail_sets = o.max_sequences * plan.decode_sets + 2 * chunk_sets;
@@ -44,6 +45,9 @@ MemoryPlan fixed_sizes(const Transformer& model, const Compressor* compressor, c
   plan.activation_bytes = model.activation_bytes(o.pass_rows, plan.logit_rows);
   if (horizon > 0) {
     plan.activation_bytes += model.activation_bytes(o.max_sequences, o.max_sequences);
+  }
+  if (compressor != nullptr) {
+    plan.scratch_bytes = compressor->scratch_bytes(plan.max_len, shape);
   }
   if (compressor != nullptr && compressor->query_window() > 0) {
     const size_t row =
@@ -61,12 +65,20 @@ int resident_pages_for(const Compressor& compressor, int tokens, const KvShape& 
 }
 
 MemoryPlan plan_memory(const Transformer& model, const Compressor* compressor, const EngineOptions& o,
-                       size_t available) {
+                       const Device& device) {
+  const size_t available = device.available();
   const KvShape shape = model.kv_shape();
   MemoryPlan plan = fixed_sizes(model, compressor, o);
   const size_t sequences = static_cast<size_t>(o.max_sequences);
   const int max_pages = pages_for(plan.max_len);
-  const size_t fixed = aligned(plan.activation_bytes) + aligned(plan.tail_bytes) + sequences * plan.query_window_bytes;
+  const bool mirrored = !device.addressable();
+  plan.tail_index_bytes = mirrored ? Tail::index_bytes(shape, plan.sequence_sets) : 0;
+  plan.resident_head_pages = compressor == nullptr ? max_pages : pages_for(compressor->kept_tokens(plan.max_len));
+  plan.chosen_stride = compressor != nullptr && compressor->chooses_anew() ? compressor->kept_tokens(plan.max_len) : 0;
+  plan.index_bytes = aligned(plan.tail_index_bytes +
+                             ResidentIndex::bytes(shape, plan.resident_head_pages, plan.chosen_stride, mirrored));
+  const size_t fixed = aligned(plan.activation_bytes) + aligned(plan.tail_bytes) + aligned(plan.scratch_bytes) +
+                       sequences * (plan.query_window_bytes + plan.index_bytes);
 
   // The full KV stays on the device when nothing is lost in the resident part and one sequence of it fits.
   const bool full_mode = compressor == nullptr || (compressor->format().exact() && !compressor->chooses_anew());
@@ -91,8 +103,10 @@ MemoryPlan plan_memory(const Transformer& model, const Compressor* compressor, c
     sequence_pages = resident_pages_for(*compressor, plan.max_len, shape);
   }
   const size_t sequence_bytes = static_cast<size_t>(sequence_pages) * head_page;
-  const size_t slot_bytes = static_cast<size_t>(max_pages) * page_bytes(shape) * static_cast<size_t>(o.ring_layers);
-  const size_t staging = plan.full_on_device ? 0 : aligned(slot_bytes);
+  const auto staging_for = [&](size_t contexts) {
+    return Staging::bytes(shape, o.ring_layers, max_pages * static_cast<int>(contexts));
+  };
+  const size_t staging = plan.full_on_device ? 0 : staging_for(1);
   const size_t least = fixed + staging + aligned(sequence_bytes);
   if (least > available) {
     throw Error(
@@ -111,9 +125,12 @@ MemoryPlan plan_memory(const Transformer& model, const Compressor* compressor, c
   }
   if (!plan.full_on_device) {
     // Room for several sequences in one pass saves reading the weights as often.
-    const size_t more = std::min({sequences - 1, size_t{3}, left / slot_bytes});
-    plan.staging_pages = max_pages * static_cast<int>(1 + more);
-    plan.staging_bytes = slot_bytes * (1 + more);
+    size_t contexts = std::min(sequences, size_t{4});
+    while (contexts > 1 && staging_for(contexts) - staging > left) {
+      --contexts;
+    }
+    plan.staging_pages = max_pages * static_cast<int>(contexts);
+    plan.staging_bytes = staging_for(contexts);
     const size_t extent = extent_bytes(shape);
     const size_t sequence_extents = static_cast<size_t>(extents_for(max_pages, shape));
     size_t extents = sequences * sequence_extents;
@@ -125,9 +142,43 @@ MemoryPlan plan_memory(const Transformer& model, const Compressor* compressor, c
                   plan.max_len, megabytes(sequence_extents * extent));
     }
     plan.host_extents = static_cast<int>(extents);
-    plan.host_bytes = extents * extent;
+    plan.checksum_bytes = aligned(FullKv::checksum_bytes(shape, max_pages));
+    plan.host_bytes = aligned(extents * extent) + sequences * plan.checksum_bytes;
   }
+  // A draft may stand behind the last token that can be decided.
+  plan.board_bytes = aligned(static_cast<size_t>(plan.max_len + 2 * plan.most_drafts + 2) * sizeof(TokenId));
+  plan.host_bytes += sequences * plan.board_bytes +
+                     2 * aligned(static_cast<size_t>(plan.logit_rows) * sizeof(uint64_t)) + (size_t{1} << 20);
   return plan;
+}
+
+int sequences_that_fit(const Transformer& model, const Compressor* compressor, const EngineOptions& options,
+                       const Device& device, int most) {
+  const KvShape shape = model.kv_shape();
+  int fit = 1;
+  for (int count = 1; count <= most; ++count) {
+    EngineOptions o = options;
+    o.max_sequences = count;
+    MemoryPlan plan;
+    try {
+      plan = plan_memory(model, compressor, o, device);
+    } catch (const Error&) {
+      if (count == 1) {
+        throw;
+      }
+      return fit;
+    }
+    const int max_pages = pages_for(plan.max_len);
+    const int pages = plan.resident_head_pages * shape.layers * shape.kv_heads;
+    const bool resident = plan.streaming || plan.resident_pages >= count * pages;
+    const bool staged = !plan.streaming || plan.staging_pages >= count * max_pages;
+    const bool stored = plan.full_on_device || plan.host_extents >= count * extents_for(max_pages, shape);
+    if (!resident || !staged || !stored) {
+      return fit;
+    }
+    fit = count;
+  }
+  return fit;
 }
 
 }  // namespace vericache

@@ -23,17 +23,29 @@ struct MemoryPlan {
   int resident_pages = 0;  // head pages in the pool
   int host_extents = 0;
   size_t query_window_bytes = 0;  // of one sequence
+  size_t index_bytes = 0;         // of one sequence: tables of its tail and resident part
+  size_t tail_index_bytes = 0;    // of them, the tail's
+  int resident_head_pages = 0;    // pages that a head may hold
+  int chosen_stride = 0;          // tokens that a head may keep where some are dropped, else 0
+  size_t scratch_bytes = 0;       // of the compressor
   size_t activation_bytes = 0;
   size_t tail_bytes = 0;
   size_t staging_bytes = 0;
   size_t resident_bytes = 0;
-  size_t host_bytes = 0;
+  size_t board_bytes = 0;     // of one sequence's tokens
+  size_t checksum_bytes = 0;  // of one sequence's pages
+  size_t host_bytes = 0;      // the host tier, boards, checksums, results
 };
 
-// Error, naming the least budget that works, if `available` device bytes or the host budget cannot hold one sequence of
-// max_len.
+// Error, naming the least budget that works, if what the device has left or the host budget cannot hold one sequence
+// of max_len.
 MemoryPlan plan_memory(const Transformer& model, const Compressor* compressor, const EngineOptions& options,
-                       size_t available);
+                       const Device& device);
+
+// Sequences of max_len tokens that can be in flight at once under `options` without their max_sequences, `most` at
+// most. Error as plan_memory, if it is not even one.
+int sequences_that_fit(const Transformer& model, const Compressor* compressor, const EngineOptions& options,
+                       const Device& device, int most);
 
 // Head pages of resident KV that a sequence of `tokens` tokens needs at most.
 int resident_pages_for(const Compressor& compressor, int tokens, const KvShape& shape);

@@ -7,6 +7,8 @@
 
 namespace vericache {
 
+class Trace;
+
 struct EngineOptions {
   // Tokens a sequence drafts before its verification starts. 0 = no drafting: plain decoding with the full KV, one pass
   // a token. kAdaptive = chosen anew after every round between 1 and max_horizon.
@@ -20,6 +22,7 @@ struct EngineOptions {
   size_t host_memory = 0;  // bytes for the full KV outside the device; 0 = what max_sequences of max_model_len need
   double wire_gbps = 0;    // bandwidth cap of the wire in GB/s, each direction; 0 = none
   int ring_layers = 3;     // layers of full KV that staging holds
+  Trace* trace = nullptr;  // what the lanes do goes there; outlives the engine
   // For tests: delays (us, random up to this) at every point where a lane hands over to another; corruption of stored
   // blocks.
   int inject_delay_us = 0;

@@ -15,21 +15,32 @@ constexpr int kMostRestarts = 8;
 void Engine::State::finish_pass(FullPass& pass) {
   int deciders = 0;
   int prefill_rows = 0;
+  int pages = 0;
   for (const FullPassMember& member : pass.members()) {
     deciders += member.decides ? 1 : 0;
     prefill_rows += member.backlog_rows - (member.decides ? 1 : 0);
+    pages += member.past_pages;
   }
   const size_t crossed = pass.fetch() != nullptr ? pass.fetch()->bytes() : 0;
   const double wire_seconds = pass.fetch() != nullptr ? pass.fetch()->busy_seconds() : 0;
+  const double seconds = pass.seconds(pass_activations);
+  pass.collect_corruption();
+  if (options.trace != nullptr) {
+    pass.trace(*options.trace, pass_activations);
+  }
+  stats.pass_seconds += seconds;
+  stats.wire_seconds += wire_seconds;
   ++stats.full_passes;
   stats.wire_in_bytes_decode += deciders > 0 ? crossed : 0;
   stats.decode_passes += deciders > 0 ? 1 : 0;
-  if (prefill_rows == 0) {
-    decode_cost.add(pass.rows(), pass_seconds);
+  if (pages > 0) {
+    wire_page_seconds = wire_seconds / pages;
   }
-  pass_seconds = 0;
+  if (prefill_rows == 0) {
+    decode_cost.add(pass.rows(), seconds);
+  }
 
-  int logit_row = 0;
+  int first_decided = 0;
   for (FullPassMember& member : pass.members()) {
     Sequence& s = *member.sequence;
     s.in_pass = false;
@@ -38,15 +49,18 @@ void Engine::State::finish_pass(FullPass& pass) {
     if (member.corrupt) {
       restart(s);
     } else if (member.decides) {
-      judge(member, logit_row);
+      judge(member, first_decided);
       report_cost(member, static_cast<int>(s.stats.accepted - accepted_before), deciders, wire_seconds);
     } else {
       s.verified += member.backlog_rows;
       stats.prompt_tokens += member.backlog_rows;
       decided.clear();
     }
-    logit_row += member.decides ? member.drafts + 1 : 0;
+    first_decided += member.deciding_rows();
     if (!member.corrupt) {
+      // Rows that were refused have overwritten older ones in the rings; those after them will be written anew.
+      const int oldest = member.position + member.rows() - (compressor != nullptr ? compressor->query_window() : 0);
+      s.queries_from = std::min(std::max(s.queries_from, oldest), s.verified);
       fold(member);
     }
     if (!member.corrupt || s.finish) {
@@ -58,13 +72,13 @@ void Engine::State::finish_pass(FullPass& pass) {
 }
 
 // Compares what a sequence drafted with what the verified logits choose; the drafts after a disagreement go.
-void Engine::State::judge(const FullPassMember& member, int first_logit_row) {
+void Engine::State::judge(const FullPassMember& member, int first_decided) {
   Sequence& s = *member.sequence;
   const int position = static_cast<int>(s.tokens.size());
-  const LogitsView logits{pass_activations.logits + static_cast<ptrdiff_t>(first_logit_row) * model.config().vocab_size,
-                          member.drafts + 1, model.config().vocab_size};
-  const std::span<const TokenId> judged(s.drafted.data(), static_cast<size_t>(member.drafts));
-  const Verdict verdict = verify(judged, logits, s.request.sampling, position);
+  const TokenId* chosen = results.tokens + first_decided;
+  const uint64_t* hashes = results.hashes + first_decided;
+  const Verdict verdict = verify({s.board + position, static_cast<size_t>(member.drafts)},
+                                 {chosen, static_cast<size_t>(member.deciding_rows())});
 
   stats.prompt_tokens += member.backlog_rows - 1;
   s.stats.rounds += member.drafts > 0 ? 1 : 0;
@@ -75,25 +89,20 @@ void Engine::State::judge(const FullPassMember& member, int first_logit_row) {
   }
   decided.clear();
   bool open = true;
-  for (int i = 0; i <= verdict.accepted && open; ++i) {
-    const std::span<const float> row = logits.row(i);
-    open = decide(s, i < verdict.accepted ? judged[static_cast<size_t>(i)] : verdict.next,
-                  hash_bytes(row.data(), row.size_bytes()));
+  for (int i = 0; i < verdict.accepted + (verdict.next ? 1 : 0) && open; ++i) {
+    open = decide(s, chosen[i], hashes[i]);
   }
   s.verified = static_cast<int>(s.tokens.size()) - 1;
   if (member.past_pages > 0) {
     s.restarts = 0;  // stored pages came back intact; an answer from the tail alone proves nothing of them
   }
-
-  // Drafts made while the verification was under way stand if all before them stood and the next token is their first.
-  const size_t behind = static_cast<size_t>(member.drafts);
-  const bool stand =
-      verdict.accepted == member.drafts && s.drafted.size() > behind && s.drafted[behind] == verdict.next && open;
-  s.drafted.erase(s.drafted.begin(), stand ? s.drafted.begin() + static_cast<ptrdiff_t>(behind) + 1 : s.drafted.end());
+  // Drafts made while the verification was under way stand if all before them stood.
+  s.drafted = open && !verdict.next ? s.drafted - member.drafts : 0;
 }
 
 // false: the sequence ends with this token.
 bool Engine::State::decide(Sequence& s, TokenId token, uint64_t logits_hash) {
+  s.board[s.tokens.size()] = token;
   s.tokens.push_back(token);
   decided.push_back({token, logits_hash});
   ++stats.decided_tokens;
@@ -109,7 +118,9 @@ bool Engine::State::decide(Sequence& s, TokenId token, uint64_t logits_hash) {
 void Engine::State::fold(const FullPassMember& member) {
   Sequence& s = *member.sequence;
   s.folded = member.fold_end;
-  std::fill(s.resident_end.begin(), s.resident_end.end(), s.folded);
+  if (s.resident) {
+    s.resident->settle(draft_lane);
+  }
   if (s.full && !s.finish && s.folded / kPageTokens > s.storing) {
     std::vector<const std::byte*> sets;
     for (int page = s.storing; page < s.folded / kPageTokens; ++page) {

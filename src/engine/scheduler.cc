@@ -44,7 +44,8 @@ StepPlan Scheduler::next(const Usage& usage) {
     open_pass(usage, plan);
   }
   for (const auto& [id, sequence] : running_) {
-    if (limits_.drafting && sequence.load.backlog == 1 && sequence.load.drafted < draft_limit(sequence)) {
+    if (limits_.drafting && !decoding_held_ && sequence.load.backlog == 1 &&
+        sequence.load.drafted < draft_limit(sequence)) {
       plan.draft.push_back(id);
     }
   }
@@ -82,7 +83,7 @@ void Scheduler::open_pass(const Usage& usage, StepPlan& plan) {
   int least_missing = INT32_MAX;  // drafts until the first of the others is ready
   bool any_ready = false;
   for (auto& [id, sequence] : running_) {
-    if (sequence.in_pass || sequence.load.backlog == 0) {
+    if (sequence.in_pass || sequence.load.backlog == 0 || (decoding_held_ && sequence.load.backlog == 1)) {
       continue;
     }
     if (sequence.load.backlog > 1) {

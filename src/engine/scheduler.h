@@ -69,6 +69,8 @@ class Scheduler {
   void remove(SeqId id);     // waiting or running; a running one must stand in no open pass
   void pass_done(SeqId id);  // the pass in which it stood is over
   StepPlan next(const Usage& usage);
+  // While held, sequences whose prompt is read wait: all of them can then begin to decode at once.
+  void hold_decoding(bool held) { decoding_held_ = held; }
 
   bool empty() const { return waiting_.empty() && running_.empty(); }
   int waiting() const { return static_cast<int>(waiting_.size()); }
@@ -94,6 +96,7 @@ class Scheduler {
   int draft_limit(const Running& sequence) const;
 
   SchedulerLimits limits_;
+  bool decoding_held_ = false;
   std::deque<Waiting> waiting_;
   std::map<SeqId, Running> running_;  // ordered: plans are the same for the same history
   int resident_pages_ = 0;            // reserved

@@ -28,6 +28,9 @@ class Stopwatch {
 
 struct Engine::State {
   State(const Transformer& model, Device& device, std::unique_ptr<Compressor> compressor, const EngineOptions& options);
+  ~State();  // waits for what is under way: it works in memory that goes with the engine
+  State(const State&) = delete;
+  State& operator=(const State&) = delete;
 
   SeqId submit(Request request);
   bool step();
@@ -35,13 +38,17 @@ struct Engine::State {
   // One unit of work each.
   bool advance_pass();
   bool draft(std::span<const SeqId> ids);
+  void wait(uint64_t seen);  // nothing can be enqueued
 
   void admit(SeqId id);
   void open_pass(std::span<const PassMember> members);
   void start_pass(FullPass& pass);
+  bool worth_drafting_on(const FullPass& pass) const;
+  void stage_draft(std::span<Sequence* const> members);
+  bool drafts_in_flight(size_t most);
   bool may_grow(const Sequence& sequence, int end) const;
   void finish_pass(FullPass& pass);
-  void judge(const FullPassMember& member, int first_logit_row);
+  void judge(const FullPassMember& member, int first_decided);
   bool decide(Sequence& sequence, TokenId token, uint64_t logits_hash);
   void fold(const FullPassMember& member);
   void restart(Sequence& sequence);
@@ -57,7 +64,12 @@ struct Engine::State {
   EngineOptions options;
   MemoryPlan plan;
   KvShape shape;
-  std::unique_ptr<Device> host;  // the host tier's memory
+  Kernels& pass_lane;
+  Kernels& draft_lane;           // the same on a CPU
+  std::unique_ptr<Device> host;  // memory of the host that the device reaches: the host tier, boards, results
+  std::unique_ptr<PagePool> board_pool;
+  std::unique_ptr<PagePool> checksum_pool;
+  std::unique_ptr<PagePool> index_pool;
   std::unique_ptr<PagePool> tail_pool;
   std::unique_ptr<PagePool> resident_pool;
   std::unique_ptr<PagePool> host_pool;
@@ -68,10 +80,21 @@ struct Engine::State {
   std::map<SeqId, std::unique_ptr<Sequence>> sequences;  // waiting and running
   std::deque<std::unique_ptr<FullPass>> passes;          // open, in order; the first computes
   std::vector<DecidedToken> decided;                     // by the member that is being judged
+  PassResults results;
+  PassRows draft_pass;
+  std::vector<SequenceRows> draft_rows;  // (layers, sequences)
+  std::vector<LogitRow> draft_choices;
+  struct DraftStep {
+    Mark begin = 0;
+    Mark end = 0;
+    int rows = 0;
+  };
+  std::deque<DraftStep> draft_steps;  // enqueued and not known to be done
   SeqId next_id = 1;
   EngineStats stats;
-  double pass_seconds = 0;       // compute time of the pass in progress
-  double draft_row_seconds = 0;  // of one draft step per row, smoothed
+  double draft_row_seconds = 0;   // of one draft step per row, smoothed
+  double draft_step_seconds = 0;  // of one draft step, smoothed
+  double wire_page_seconds = 0;   // of one page on its way in, all layers, smoothed
   PassCost decode_cost;
   std::unique_ptr<Wire> wire;  // last: its workers end before what they read and write
 };

@@ -31,12 +31,17 @@ inline int extents_for(int pages, const KvShape& shape) {
 // The full KV of one sequence outside device memory: whole pages [0, stored()).
 class FullKv {
  public:
-  // Takes room for max_pages pages of every layer; the pool must have it.
-  FullKv(const KvShape& shape, PagePool& extents, int max_pages);
+  // Takes room for max_pages pages of every layer, and a block of checksum_bytes(...); the pools must have it.
+  FullKv(const KvShape& shape, PagePool& extents, PagePool& checksums, int max_pages);
+  static size_t checksum_bytes(const KvShape& shape, int max_pages) {
+    return static_cast<size_t>(shape.layers) * static_cast<size_t>(max_pages) * sizeof(uint64_t);
+  }
   ~FullKv();
   FullKv(const FullKv&) = delete;
   FullKv& operator=(const FullKv&) = delete;
 
+  // Whether lanes reach all of its extents by now; see Device::ready. They are blocks of one allocation of `host`.
+  bool reachable(const Device& host) const;
   int max_pages() const { return max_pages_; }
   int stored() const { return stored_.load(std::memory_order_acquire); }
   void set_stored(int pages) { stored_.store(pages, std::memory_order_release); }
@@ -46,6 +51,7 @@ class FullKv {
                     static_cast<size_t>(page / extent_pages_)] +
            static_cast<size_t>(page % extent_pages_) * page_bytes_;
   }
+  uint64_t* checksums(int layer) const { return checksums_ + checksum_index(layer, 0); }
   uint64_t& checksum(int layer, int page) { return checksums_[checksum_index(layer, page)]; }
   uint64_t checksum(int layer, int page) const { return checksums_[checksum_index(layer, page)]; }
 
@@ -55,13 +61,14 @@ class FullKv {
   }
 
   PagePool& pool_;
+  PagePool& checksum_pool_;
   int max_pages_;
   int extent_pages_;
   int extents_per_layer_;
   size_t page_bytes_;
   std::atomic<int> stored_ = 0;
   std::vector<std::byte*> extents_;  // (layers, extents_per_layer)
-  std::vector<uint64_t> checksums_;  // (layers, max_pages)
+  uint64_t* checksums_;              // (layers, max_pages): host memory that the device reaches
 };
 
 }  // namespace vericache

@@ -35,6 +35,7 @@ class PagePool {
     free_.push_back(block);
   }
 
+  const std::byte* memory() const { return memory_; }
   size_t block_bytes() const { return block_bytes_; }
   int count() const { return count_; }
   int free() const { return static_cast<int>(free_.size()); }

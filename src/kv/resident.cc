@@ -7,17 +7,50 @@ int pages_for(int tokens) {
   return (tokens + kPageTokens - 1) / kPageTokens;
 }
 
+// An index block: tables of all layers, then counts, then chosen tokens.
+struct IndexSizes {
+  size_t table = 0;  // of one layer
+  size_t counts = 0;
+  size_t chosen = 0;
+};
+IndexSizes index_sizes(const KvShape& shape, int max_pages, int chosen_stride, bool mirrored) {
+  const size_t heads = static_cast<size_t>(shape.kv_heads);
+  IndexSizes sizes;
+  if (mirrored) {
+    sizes.table = heads * static_cast<size_t>(max_pages) * sizeof(std::byte*);
+    sizes.counts = heads * sizeof(int);
+  }
+  sizes.chosen = heads * static_cast<size_t>(chosen_stride) * sizeof(int);
+  return sizes;
+}
+
 }  // namespace
 
-ResidentLayer::ResidentLayer(const KvShape& shape, const KvFormat& format, PagePool& pool, int max_pages)
+size_t ResidentIndex::bytes(const KvShape& shape, int max_pages, int chosen_stride, bool mirrored) {
+  const IndexSizes sizes = index_sizes(shape, max_pages, chosen_stride, mirrored);
+  const size_t bytes = static_cast<size_t>(shape.layers) * (sizes.table + sizes.counts + sizes.chosen);
+  return (bytes + 63) / 64 * 64;
+}
+
+ResidentLayer::ResidentLayer(const KvShape& shape, const KvFormat& format, PagePool& pool, const ResidentIndex& index,
+                             int layer)
     : shape_(shape),
       format_(format),
       pool_(&pool),
-      max_pages_(max_pages),
+      max_pages_(index.max_pages),
+      chosen_stride_(index.chosen_stride),
       tokens_(static_cast<size_t>(shape.kv_heads)),
-      table_(static_cast<size_t>(shape.kv_heads) * static_cast<size_t>(max_pages)),
-      positions_(static_cast<size_t>(shape.kv_heads)) {
+      settled_(static_cast<size_t>(shape.kv_heads)),
+      table_(static_cast<size_t>(shape.kv_heads) * static_cast<size_t>(index.max_pages)) {
   check(pool.block_bytes() >= head_page_bytes(format, shape), "resident pages fit the pool's blocks");
+  const IndexSizes sizes = index_sizes(shape, index.max_pages, index.chosen_stride, index.mirrored);
+  const size_t layers = static_cast<size_t>(shape.layers);
+  const size_t i = static_cast<size_t>(layer);
+  std::byte* counts = index.memory + layers * sizes.table;
+  std::byte* chosen = counts + layers * sizes.counts;
+  device_table_ = index.mirrored ? reinterpret_cast<std::byte**>(index.memory + i * sizes.table) : nullptr;
+  device_settled_ = index.mirrored ? reinterpret_cast<int*>(counts + i * sizes.counts) : nullptr;
+  chosen_ = index.chosen_stride > 0 ? reinterpret_cast<int*>(chosen + i * sizes.chosen) : nullptr;
 }
 
 bool ResidentLayer::resize(int head, int tokens) {
@@ -42,16 +75,22 @@ void ResidentLayer::clear() {
   // A moved-from layer has no heads left.
   for (size_t head = 0; head < tokens_.size(); ++head) {
     resize(static_cast<int>(head), 0);
-    positions_[head].clear();
+    settled_[head] = 0;
+  }
+}
+
+void ResidentLayer::publish(Lane& lane) {
+  if (device_table_ != nullptr) {
+    lane.upload(reinterpret_cast<std::byte*>(device_table_), table_.data(), table_.size() * sizeof(std::byte*));
   }
 }
 
 KvView ResidentLayer::view() const {
   KvView view;
   view.format = format_;
-  view.head_pages = const_cast<std::byte**>(table_.data());
+  view.head_pages = device_table_ != nullptr ? device_table_ : const_cast<std::byte**>(table_.data());
   view.page_stride = max_pages_;
-  view.tokens = tokens_.data();
+  view.tokens = device_settled_ != nullptr ? device_settled_ : settled_.data();
   return view;
 }
 
@@ -63,11 +102,22 @@ int ResidentLayer::pages() const {
   return pages;
 }
 
-ResidentKv::ResidentKv(const KvShape& shape, const KvFormat& format, PagePool& pool, int max_tokens)
+ResidentKv::ResidentKv(const KvShape& shape, const KvFormat& format, PagePool& pool, const ResidentIndex& index)
     : head_page_bytes_(head_page_bytes(format, shape)) {
   layers_.reserve(static_cast<size_t>(shape.layers));
   for (int i = 0; i < shape.layers; ++i) {
-    layers_.emplace_back(shape, format, pool, pages_for(max_tokens));
+    layers_.emplace_back(shape, format, pool, index, i);
+  }
+}
+
+void ResidentKv::settle(Lane& lane) {
+  std::vector<int> counts;
+  for (ResidentLayer& layer : layers_) {
+    layer.settled_ = layer.tokens_;
+    counts.insert(counts.end(), layer.settled_.begin(), layer.settled_.end());
+  }
+  if (int* device = layers_.front().device_settled_; device != nullptr) {
+    lane.upload(reinterpret_cast<std::byte*>(device), counts.data(), counts.size() * sizeof(int));
   }
 }
 

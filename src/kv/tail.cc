@@ -1,15 +1,20 @@
 #include "kv/tail.h"
 
-#include <cstring>
-
 namespace vericache {
 
-Tail::Tail(const KvShape& shape, PagePool& pool, int max_sets)
+Tail::Tail(const KvShape& shape, PagePool& pool, int max_sets, Kernels& lane, std::byte* index)
     : shape_(shape),
       pool_(pool),
       max_sets_(max_sets),
-      table_(static_cast<size_t>(shape.layers) * static_cast<size_t>(shape.kv_heads) * static_cast<size_t>(max_sets)) {
+      lane_(lane),
+      table_(index_bytes(shape, max_sets) / sizeof(std::byte*)),
+      device_table_(reinterpret_cast<std::byte**>(index)) {
   sets_.reserve(static_cast<size_t>(max_sets));
+}
+
+size_t Tail::index_bytes(const KvShape& shape, int max_sets) {
+  return static_cast<size_t>(shape.layers) * static_cast<size_t>(shape.kv_heads) * static_cast<size_t>(max_sets) *
+         sizeof(std::byte*);
 }
 
 bool Tail::grow(int end) {
@@ -20,7 +25,7 @@ bool Tail::grow(int end) {
       break;
     }
     // Attention multiplies masked slots by zero: what lies there must be finite.
-    std::memset(set, 0, pool_.block_bytes());
+    lane_.zero(set, pool_.block_bytes());
     sets_.push_back(set);
     changed = true;
   }
@@ -64,12 +69,15 @@ void Tail::fill_table() {
       }
     }
   }
+  if (device_table_ != nullptr) {
+    lane_.upload(reinterpret_cast<std::byte*>(device_table_), table_.data(), table_.size() * sizeof(std::byte*));
+  }
 }
 
 KvView Tail::view(int layer, int position) const {
   check(position >= position_ && position % kPageTokens == 0, "a tail is seen from a page border that it holds");
   KvView view;
-  view.head_pages = const_cast<std::byte**>(table_.data()) +
+  view.head_pages = (device_table_ != nullptr ? device_table_ : const_cast<std::byte**>(table_.data())) +
                     static_cast<size_t>(layer) * static_cast<size_t>(shape_.kv_heads) * static_cast<size_t>(max_sets_) +
                     (position - position_) / kPageTokens;
   view.page_stride = max_sets_;

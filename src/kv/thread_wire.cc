@@ -1,26 +1,22 @@
-#include "kv/wire.h"
+#include "kv/thread_wire.h"
 
 #include <algorithm>
 #include <chrono>
 #include <cstring>
 #include <random>
 
-#include "backend/kernels.h"
 #include "base/check.h"
 #include "base/hash.h"
 #include "kv/throttle.h"
 
 namespace vericache {
 
-Wire::Wire(const KvShape& shape, const WireOptions& options, std::byte* staging)
-    : shape_(shape),
-      options_(options),
-      staging_(staging),
-      page_bytes_(page_bytes(shape)),
+ThreadWire::ThreadWire(const KvShape& shape, const WireOptions& options, Device& device)
+    : Wire(shape, options, device),
       fetch_thread_([this] { fetch_worker(); }),
       store_thread_([this] { store_worker(); }) {}
 
-Wire::~Wire() {
+ThreadWire::~ThreadWire() {
   {
     const std::lock_guard lock(mutex_);
     closing_ = true;
@@ -30,14 +26,13 @@ Wire::~Wire() {
   store_thread_.join();
 }
 
-std::shared_ptr<Fetch> Wire::fetch(std::vector<FetchPart> parts) {
-  auto fetch = std::make_shared<Fetch>(std::move(parts));
-  for (const FetchPart& part : fetch->parts_) {
+std::shared_ptr<Fetch> ThreadWire::fetch(std::vector<FetchPart> parts) {
+  for (const FetchPart& part : parts) {
     check(part.first_staged + part.pages <= options_.slot_pages, "a fetch fits a staging slot");
   }
+  auto fetch = std::make_shared<Fetch>(std::move(parts), next_ticket_);
   {
     const std::lock_guard lock(mutex_);
-    fetch->first_ticket_ = next_ticket_;
     next_ticket_ += static_cast<uint64_t>(shape_.layers);
     fetches_.push_back(fetch);
   }
@@ -45,33 +40,30 @@ std::shared_ptr<Fetch> Wire::fetch(std::vector<FetchPart> parts) {
   return fetch;
 }
 
-bool Wire::arrived(const Fetch& fetch, int layer) const {
+bool ThreadWire::arrived(const Fetch& fetch, int layer) {
   const std::lock_guard lock(mutex_);
-  return fetch.first_ticket_ + static_cast<uint64_t>(layer) < arrived_;
+  return fetch.ticket(layer) < arrived_;
 }
 
-void Wire::wait(const Fetch& fetch, int layer) {
+void ThreadWire::wait(const Fetch& fetch, int layer) {
   std::unique_lock lock(mutex_);
-  condition_.wait(lock, [&] { return fetch.first_ticket_ + static_cast<uint64_t>(layer) < arrived_; });
+  condition_.wait(lock, [&] { return fetch.ticket(layer) < arrived_; });
 }
 
-std::byte* Wire::staged(const Fetch& fetch, int layer, int page) const {
-  const uint64_t slot =
-      (fetch.first_ticket_ + static_cast<uint64_t>(layer)) % static_cast<uint64_t>(options_.ring_layers);
-  return staging_ + (slot * static_cast<uint64_t>(options_.slot_pages) + static_cast<uint64_t>(page)) * page_bytes_;
+void ThreadWire::await(Fetch& fetch, int layer, Kernels& /*lane*/) {
+  wait(fetch, layer);
 }
 
-void Wire::release(const Fetch& fetch, int layer) {
+void ThreadWire::release(const Fetch& fetch, int layer, Kernels& /*lane*/) {
   {
     const std::lock_guard lock(mutex_);
-    check(fetch.first_ticket_ + static_cast<uint64_t>(layer) == released_ && released_ < arrived_,
-          "layers are released in order");
+    check(fetch.ticket(layer) == released_ && released_ < arrived_, "layers are released in order");
     ++released_;
   }
   condition_.notify_all();
 }
 
-void Wire::store(FullKv& full, int first, std::vector<const std::byte*> page_sets) {
+void ThreadWire::store(FullKv& full, int first, std::vector<const std::byte*> page_sets) {
   check(first + static_cast<int>(page_sets.size()) <= full.max_pages(),
         "a store fits the room reserved for the sequence");
   {
@@ -81,22 +73,22 @@ void Wire::store(FullKv& full, int first, std::vector<const std::byte*> page_set
   condition_.notify_all();
 }
 
-void Wire::wait_change(uint64_t seen) {
+void ThreadWire::wait_change(uint64_t seen) {
   std::unique_lock lock(mutex_);
   condition_.wait(lock, [&] { return changes_.load() != seen; });
 }
 
-bool Wire::stores_pending(const FullKv& full) const {
+bool ThreadWire::stores_pending(const FullKv& full) {
   const std::lock_guard lock(mutex_);
   return std::any_of(stores_.begin(), stores_.end(), [&](const Store& store) { return store.full == &full; });
 }
 
-void Wire::note_change() {
+void ThreadWire::note_change() {
   changes_.fetch_add(1);
   condition_.notify_all();
 }
 
-void Wire::inject_delay() {
+void ThreadWire::inject_delay() {
   if (options_.inject_delay_us > 0) {
     thread_local std::minstd_rand random(
         static_cast<unsigned>(std::hash<std::thread::id>{}(std::this_thread::get_id())));
@@ -105,7 +97,7 @@ void Wire::inject_delay() {
   }
 }
 
-void Wire::fetch_worker() {
+void ThreadWire::fetch_worker() {
   Throttle throttle(options_.gbps);
   std::unique_lock lock(mutex_);
   for (;;) {
@@ -116,7 +108,7 @@ void Wire::fetch_worker() {
     const std::shared_ptr<Fetch> fetch = fetches_.front();
     fetches_.pop_front();
     for (int layer = 0; layer < shape_.layers; ++layer) {
-      const uint64_t ticket = fetch->first_ticket_ + static_cast<uint64_t>(layer);
+      const uint64_t ticket = fetch->ticket(layer);
       condition_.wait(lock,
                       [&] { return closing_ || ticket < released_ + static_cast<uint64_t>(options_.ring_layers); });
       if (closing_) {
@@ -127,12 +119,16 @@ void Wire::fetch_worker() {
       const auto begin = std::chrono::steady_clock::now();
       throttle.begin();
       const uint64_t before = fetch->bytes();
-      bring_layer(*fetch, layer, staged(*fetch, layer, 0));
+      bring_layer(*fetch, layer);
       throttle.spend(fetch->bytes() - before);
       fetch->busy_us_.fetch_add(
           static_cast<uint64_t>(
               std::chrono::duration_cast<std::chrono::microseconds>(std::chrono::steady_clock::now() - begin).count()),
           std::memory_order_relaxed);
+      const auto seconds = [](std::chrono::steady_clock::time_point at) {
+        return std::chrono::duration<double>(at.time_since_epoch()).count();
+      };
+      fetch->spans_.emplace_back(seconds(begin), seconds(std::chrono::steady_clock::now()));
       lock.lock();
       arrived_ = ticket + 1;
       note_change();
@@ -140,15 +136,15 @@ void Wire::fetch_worker() {
   }
 }
 
-void Wire::bring_layer(Fetch& fetch, int layer, std::byte* slot) {
+void ThreadWire::bring_layer(Fetch& fetch, int layer) {
   for (size_t i = 0; i < fetch.parts_.size(); ++i) {
     const FetchPart& part = fetch.parts_[i];
     size_t bytes = 0;
     for (int page = 0; page < part.pages; ++page) {
-      std::byte* staged = slot + static_cast<size_t>(part.first_staged + page) * page_bytes_;
-      bytes += join_page(part, layer, page, staged);
+      std::byte* target = staged(fetch, layer, part.first_staged + page);
+      bytes += join_page(part, layer, page, target);
       // The checksum is that of the full page: it proves the transfer and the join together.
-      if (hash_bytes(staged, page_bytes_) != part.full->checksum(layer, page)) {
+      if (hash_bytes(target, page_bytes_) != part.full->checksum(layer, page)) {
         fetch.corrupt_[i].store(true, std::memory_order_release);
         corrupt_blocks_.fetch_add(1);
       }
@@ -160,7 +156,7 @@ void Wire::bring_layer(Fetch& fetch, int layer, std::byte* slot) {
 
 // full = join(resident, residual). The copy from host memory stands for the residual's transfer: where the resident
 // part is exact, its tokens are taken from it and only the others count as carried.
-size_t Wire::join_page(const FetchPart& part, int layer, int page, std::byte* staged) const {
+size_t ThreadWire::join_page(const FetchPart& part, int layer, int page, std::byte* staged) const {
   std::memcpy(staged, part.full->page(layer, page), page_bytes_);
   if (part.exact == nullptr) {
     return page_bytes_;
@@ -170,7 +166,8 @@ size_t Wire::join_page(const FetchPart& part, int layer, int page, std::byte* st
   const size_t token_bytes = head_bytes / kPageTokens;
   size_t kept = 0;
   for (int head = 0; head < shape_.kv_heads; ++head) {
-    const std::span<const int> positions = resident.positions(head);
+    const std::span<const int> positions(resident.chosen() + static_cast<ptrdiff_t>(head) * resident.chosen_stride(),
+                                         static_cast<size_t>(resident.tokens(head)));
     auto slot = std::lower_bound(positions.begin(), positions.end(), page * kPageTokens);
     for (; slot != positions.end() && *slot < (page + 1) * kPageTokens; ++slot, ++kept) {
       const int index = static_cast<int>(slot - positions.begin());
@@ -181,7 +178,7 @@ size_t Wire::join_page(const FetchPart& part, int layer, int page, std::byte* st
   return page_bytes_ - kept * token_bytes;
 }
 
-void Wire::store_worker() {
+void ThreadWire::store_worker() {
   Throttle throttle(options_.gbps);
   std::unique_lock lock(mutex_);
   for (;;) {

@@ -1,21 +1,20 @@
-// Wire: the link between the host tier and the device. One worker per direction; a fetch brings a pass's full KV layer
-// by layer into a ring of staging slots, a store takes finished pages out. Requests come from the engine's thread.
+// Wire: the link between the host tier and the device. A fetch brings a pass's full KV layer by layer into a ring of
+// staging slots, a store takes finished pages out. Called from the engine's thread.
 #pragma once
 
 #include <atomic>
-#include <condition_variable>
 #include <cstdint>
-#include <deque>
 #include <memory>
-#include <mutex>
-#include <thread>
 #include <vector>
 
+#include "backend/kernels.h"
 #include "backend/kv_view.h"
 #include "kv/host_tier.h"
 #include "kv/resident.h"
 
 namespace vericache {
+
+class Trace;
 
 struct WireOptions {
   double gbps = 0;  // cap of each direction, GB/s; 0 = none
@@ -23,6 +22,7 @@ struct WireOptions {
   int slot_pages = 0;  // pages that a staging slot holds
   int inject_delay_us = 0;
   uint64_t inject_corruption_every = 0;
+  Trace* trace = nullptr;
 };
 
 // What a fetch brings of one sequence: pages [0, pages) of every layer.
@@ -37,85 +37,96 @@ struct FetchPart {
 // A fetch: all layers of some sequences, in order. Shared between the engine and the wire.
 class Fetch {
  public:
-  explicit Fetch(std::vector<FetchPart> parts) : parts_(std::move(parts)), corrupt_(parts_.size()) {}
+  explicit Fetch(std::vector<FetchPart> parts, uint64_t first_ticket)
+      : parts_(std::move(parts)), first_ticket_(first_ticket), corrupt_(parts_.size()) {}
+  virtual ~Fetch() = default;
   const std::vector<FetchPart>& parts() const { return parts_; }
-  bool corrupt(size_t part) const { return corrupt_[part].load(std::memory_order_acquire); }
+  uint64_t ticket(int layer) const { return first_ticket_ + static_cast<uint64_t>(layer); }
+  // A page of this part failed its checksum. Known for certain once the lane that awaited its layers is through.
+  virtual bool corrupt(size_t part) const { return corrupt_[part].load(std::memory_order_acquire); }
   uint64_t bytes() const { return bytes_.load(std::memory_order_relaxed); }  // crossed so far
-  double busy_seconds() const {
+  virtual double busy_seconds() const {                                      // on the wire so far
     return static_cast<double>(busy_us_.load(std::memory_order_relaxed)) * 1e-6;
-  }  // on the wire so far
+  }
+  // Its transfers, once it is over.
+  virtual void trace(Trace& trace) const;
 
- private:
-  friend class Wire;
+ protected:
+  friend class ThreadWire;
   std::vector<FetchPart> parts_;
-  std::vector<std::atomic<bool>> corrupt_;  // a page of this part failed its checksum
+  uint64_t first_ticket_;  // a ticket numbers a layer of a fetch; slot = ticket % ring_layers
+  std::vector<std::atomic<bool>> corrupt_;
   std::atomic<uint64_t> bytes_ = 0;
   std::atomic<uint64_t> busy_us_ = 0;
-  uint64_t first_ticket_ = 0;
+  std::vector<std::pair<double, double>> spans_;  // of each layer that has arrived, steady clock
+};
+
+// The ring of staging slots in device memory, and the tables by which attention finds the pages in them.
+class Staging {
+ public:
+  Staging(const KvShape& shape, const WireOptions& options, Device& device);
+  static size_t bytes(const KvShape& shape, int ring_layers, int slot_pages);
+
+  std::byte* page(uint64_t ticket, int page) const;
+  // Pages [first, first + pages) of the ticket's slot.
+  KvView view(uint64_t ticket, int first, int pages) const;
+
+ private:
+  KvShape shape_;
+  int ring_layers_;
+  int slot_pages_;
+  std::byte* slots_;   // (ring_layers, slot_pages) pages
+  std::byte** table_;  // (ring_layers, kv_heads, slot_pages), device memory
+  int* counts_;        // (slot_pages + 1, kv_heads): tokens of so many pages
 };
 
 class Wire {
  public:
-  // staging: ring_layers * slot_pages pages of device memory.
-  Wire(const KvShape& shape, const WireOptions& options, std::byte* staging);
-  ~Wire();
-  Wire(const Wire&) = delete;
-  Wire& operator=(const Wire&) = delete;
+  virtual ~Wire() = default;
 
   // Queues a fetch behind those before it. Resident parts and pages named in it must not change until its layer is
   // released.
-  std::shared_ptr<Fetch> fetch(std::vector<FetchPart> parts);
-  bool arrived(const Fetch& fetch, int layer) const;
-  void wait(const Fetch& fetch, int layer);
-  // Staged page of the layer that has arrived and is not released. Head pages lie one after the other.
-  std::byte* staged(const Fetch& fetch, int layer, int page) const;
-  void release(const Fetch& fetch, int layer);  // in order: the slot may be overwritten
+  virtual std::shared_ptr<Fetch> fetch(std::vector<FetchPart> parts) = 0;
+  virtual bool arrived(const Fetch& fetch, int layer) = 0;
+  virtual void wait(const Fetch& fetch, int layer) = 0;  // until it has arrived
+  // Whether a lane may be given work on the layer: after await() that work finds it in staging, proved.
+  virtual bool ready(const Fetch& fetch, int layer) = 0;
+  virtual void await(Fetch& fetch, int layer, Kernels& lane) = 0;
+  // In order, after the lane's last work on the layer: the slot may be overwritten when that is done.
+  virtual void release(const Fetch& fetch, int layer, Kernels& lane) = 0;
+
+  // Staged page of the layer. Head pages lie one after the other.
+  std::byte* staged(const Fetch& fetch, int layer, int page) const { return staging_.page(fetch.ticket(layer), page); }
+  KvView staged_view(const Fetch& fetch, int layer, const FetchPart& part) const {
+    return staging_.view(fetch.ticket(layer), part.first_staged, part.pages);
+  }
 
   // Takes whole page sets out to `full`, as its pages from `first` on; they must hold still until full.stored() covers
   // them.
-  void store(FullKv& full, int first, std::vector<const std::byte*> page_sets);
+  virtual void store(FullKv& full, int first, std::vector<const std::byte*> page_sets) = 0;
+  virtual bool stores_pending(const FullKv& full) = 0;
   // Blocks until some layer arrives or some store ends after the call of `changes` that gave `seen`.
-  uint64_t changes() const { return changes_.load(std::memory_order_acquire); }
-  void wait_change(uint64_t seen);
-  bool stores_pending(const FullKv& full) const;
+  virtual uint64_t changes() = 0;
+  virtual void wait_change(uint64_t seen) = 0;
 
   uint64_t bytes_in() const { return bytes_in_.load(std::memory_order_relaxed); }
   uint64_t bytes_out() const { return bytes_out_.load(std::memory_order_relaxed); }
-  uint64_t corrupt_blocks() const { return corrupt_blocks_.load(std::memory_order_relaxed); }
+  virtual uint64_t corrupt_blocks() { return corrupt_blocks_.load(std::memory_order_relaxed); }
 
- private:
-  struct Store {
-    FullKv* full;
-    int first;
-    std::vector<const std::byte*> page_sets;
-  };
-  void fetch_worker();
-  void store_worker();
-  void bring_layer(Fetch& fetch, int layer, std::byte* slot);
-  size_t join_page(const FetchPart& part, int layer, int page, std::byte* staged) const;
-  void note_change();
-  void inject_delay();
+ protected:
+  Wire(const KvShape& shape, const WireOptions& options, Device& device);
 
   KvShape shape_;
   WireOptions options_;
-  std::byte* staging_;
+  Staging staging_;
   size_t page_bytes_;
-
-  mutable std::mutex mutex_;
-  std::condition_variable condition_;
-  std::deque<std::shared_ptr<Fetch>> fetches_;
-  std::deque<Store> stores_;
-  uint64_t next_ticket_ = 0;  // a ticket numbers a layer of a fetch; slot = ticket % ring_layers
-  uint64_t arrived_ = 0;      // tickets below have arrived
-  uint64_t released_ = 0;     // tickets below are released
-  bool closing_ = false;
-  std::atomic<uint64_t> changes_ = 0;
   std::atomic<uint64_t> bytes_in_ = 0;
   std::atomic<uint64_t> bytes_out_ = 0;
   std::atomic<uint64_t> corrupt_blocks_ = 0;
-  std::atomic<uint64_t> stored_pages_ = 0;
-  std::thread fetch_thread_;
-  std::thread store_thread_;
 };
+
+// Threads that copy where the device's memory is the host's own; copies by the lanes of the device where it is not.
+std::unique_ptr<Wire> make_wire(const KvShape& shape, const WireOptions& options, Device& device, Device& host,
+                                Kernels& kernels);
 
 }  // namespace vericache

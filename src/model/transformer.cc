@@ -46,8 +46,9 @@ size_t Transformer::activation_bytes(int max_rows, int max_logit_rows) const {
   return bytes;
 }
 
-Activations Transformer::make_activations(int max_rows, int max_logit_rows, Device& device) const {
+Activations Transformer::make_activations(int max_rows, int max_logit_rows, Device& device, Kernels& lane) const {
   Activations a;
+  a.lane = &lane;
   a.max_rows = max_rows;
   a.max_logit_rows = max_logit_rows;
   visit_buffers(config_, max_rows, max_logit_rows, a,
@@ -55,61 +56,63 @@ Activations Transformer::make_activations(int max_rows, int max_logit_rows, Devi
   return a;
 }
 
-void Transformer::embed(std::span<const TokenId> tokens, Activations& a) const {
-  check(static_cast<int>(tokens.size()) <= a.max_rows, "a pass fits its activations");
-  kernels_.embed(weights_.embedding, tokens, a.hidden);
+void Transformer::embed(const PassRows& pass, Activations& a) const {
+  check(pass.rows <= a.max_rows && static_cast<int>(pass.logit_rows.size()) <= a.max_logit_rows,
+        "a pass fits its activations");
+  a.lane->embed(weights_.embedding, pass, a.hidden);
 }
 
-void Transformer::layer(int index, int rows, std::span<const SequenceRows> sequences, Activations& a) const {
+void Transformer::layer(int index, const PassRows& pass, Activations& a) const {
+  Kernels& kernels = *a.lane;
+  const int rows = pass.rows;
   const LayerWeights& w = weights_.layers[static_cast<size_t>(index)];
   const KvShape shape = kv_shape();
 
-  kernels_.rms_norm(a.hidden, w.attention_norm, config_.rms_norm_eps, rows, config_.hidden_size, a.normed);
-  kernels_.matmul(w.qkv, a.normed, rows, a.qkv, Epilogue::store);
-  kernels_.store_qkv({.shape = shape,
-                      .heads = config_.heads,
-                      .rows = rows,
-                      .qkv = a.qkv,
-                      .bias = w.qkv_bias,
-                      .q_norm = w.q_norm,
-                      .k_norm = w.k_norm,
-                      .norm_eps = config_.rms_norm_eps,
-                      .rope = weights_.rope,
-                      .sequences = sequences,
-                      .q = a.q});
-  kernels_.attention({.shape = shape,
-                      .heads = config_.heads,
-                      .scale = attention_scale(),
-                      .q = a.q,
-                      .sequences = sequences,
-                      .out = a.attended,
-                      .log_sum_exp = a.log_sum_exp});
-  kernels_.matmul(w.output, a.attended, rows, a.hidden, Epilogue::add);
+  kernels.rms_norm(a.hidden, w.attention_norm, config_.rms_norm_eps, rows, config_.hidden_size, a.normed);
+  kernels.matmul(w.qkv, a.normed, rows, a.qkv, Epilogue::store);
+  kernels.store_qkv({.shape = shape,
+                     .heads = config_.heads,
+                     .qkv = a.qkv,
+                     .bias = w.qkv_bias,
+                     .q_norm = w.q_norm,
+                     .k_norm = w.k_norm,
+                     .norm_eps = config_.rms_norm_eps,
+                     .rope = weights_.rope,
+                     .pass = &pass,
+                     .layer = index,
+                     .q = a.q});
+  kernels.attention({.shape = shape,
+                     .heads = config_.heads,
+                     .scale = attention_scale(),
+                     .q = a.q,
+                     .pass = &pass,
+                     .layer = index,
+                     .out = a.attended,
+                     .log_sum_exp = a.log_sum_exp});
+  kernels.matmul(w.output, a.attended, rows, a.hidden, Epilogue::add);
   if (w.output_bias != nullptr) {
-    kernels_.add_bias(w.output_bias, rows, config_.hidden_size, a.hidden);
+    kernels.add_bias(w.output_bias, rows, config_.hidden_size, a.hidden);
   }
 
-  kernels_.rms_norm(a.hidden, w.mlp_norm, config_.rms_norm_eps, rows, config_.hidden_size, a.normed);
-  kernels_.matmul(w.gate_up, a.normed, rows, a.gate_up, Epilogue::store);
+  kernels.rms_norm(a.hidden, w.mlp_norm, config_.rms_norm_eps, rows, config_.hidden_size, a.normed);
+  kernels.matmul(w.gate_up, a.normed, rows, a.gate_up, Epilogue::store);
   if (w.gate_up_bias != nullptr) {
-    kernels_.add_bias(w.gate_up_bias, rows, 2 * config_.intermediate_size, a.gate_up);
+    kernels.add_bias(w.gate_up_bias, rows, 2 * config_.intermediate_size, a.gate_up);
   }
-  kernels_.silu_mul(a.gate_up, rows, config_.intermediate_size, a.activated);
-  kernels_.matmul(w.down, a.activated, rows, a.hidden, Epilogue::add);
+  kernels.silu_mul(a.gate_up, rows, config_.intermediate_size, a.activated);
+  kernels.matmul(w.down, a.activated, rows, a.hidden, Epilogue::add);
   if (w.down_bias != nullptr) {
-    kernels_.add_bias(w.down_bias, rows, config_.hidden_size, a.hidden);
+    kernels.add_bias(w.down_bias, rows, config_.hidden_size, a.hidden);
   }
 }
 
-void Transformer::logits(std::span<const int> rows, Activations& a) const {
-  const int count = static_cast<int>(rows.size());
-  check(count <= a.max_logit_rows, "the rows that want logits fit their activations");
-  const size_t hidden = static_cast<size_t>(config_.hidden_size);
-  for (size_t i = 0; i < rows.size(); ++i) {
-    std::copy_n(a.hidden + static_cast<size_t>(rows[i]) * hidden, hidden, a.chosen + i * hidden);
-  }
-  kernels_.rms_norm(a.chosen, weights_.final_norm, config_.rms_norm_eps, count, config_.hidden_size, a.chosen_normed);
-  kernels_.matmul(weights_.head, a.chosen_normed, count, a.logits, Epilogue::store);
+void Transformer::logits(const PassRows& pass, Activations& a) const {
+  Kernels& kernels = *a.lane;
+  const int count = static_cast<int>(pass.logit_rows.size());
+  kernels.select_rows(a.hidden, pass, config_.hidden_size, a.chosen);
+  kernels.rms_norm(a.chosen, weights_.final_norm, config_.rms_norm_eps, count, config_.hidden_size, a.chosen_normed);
+  kernels.matmul(weights_.head, a.chosen_normed, count, a.logits, Epilogue::store);
+  kernels.choose(a.logits, pass, config_.vocab_size);
 }
 
 }  // namespace vericache

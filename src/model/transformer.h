@@ -3,8 +3,6 @@
 // thread.
 #pragma once
 
-#include <span>
-
 #include "backend/device.h"
 #include "backend/kernels.h"
 #include "model/config.h"
@@ -12,8 +10,9 @@
 
 namespace vericache {
 
-// Scratch of one lane: a draft step and a full pass in progress each have their own.
+// A lane and its scratch: a draft step and a full pass in progress each have their own.
 struct Activations {
+  Kernels* lane = nullptr;
   int max_rows = 0;
   int max_logit_rows = 0;
   float* hidden = nullptr;        // (rows, hidden): the residual stream, float
@@ -41,13 +40,14 @@ class Transformer {
   float attention_scale() const;
 
   size_t activation_bytes(int max_rows, int max_logit_rows) const;
-  Activations make_activations(int max_rows, int max_logit_rows, Device& device) const;
+  Activations make_activations(int max_rows, int max_logit_rows, Device& device, Kernels& lane) const;
 
-  void embed(std::span<const TokenId> tokens, Activations& a) const;
-  // One layer over `rows` rows: writes their K and V into the tails and attends to past and tail of each sequence.
-  void layer(int index, int rows, std::span<const SequenceRows> sequences, Activations& a) const;
-  // Logits of the given rows of the pass, one below the other in a.logits.
-  void logits(std::span<const int> rows, Activations& a) const;
+  // What follows enqueues a pass that is staged on a.lane: embed, every layer in order, logits.
+  void embed(const PassRows& pass, Activations& a) const;
+  // Writes the rows' K and V into the tails and attends to past and tail of each sequence.
+  void layer(int index, const PassRows& pass, Activations& a) const;
+  // Logits of pass.logit_rows, one below the other in a.logits, and what they choose.
+  void logits(const PassRows& pass, Activations& a) const;
 
  private:
   const ModelConfig& config_;

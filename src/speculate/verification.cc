@@ -4,17 +4,19 @@
 
 namespace vericache {
 
-Verdict verify(std::span<const TokenId> drafted, const LogitsView& logits, const Sampling& sampling, int position) {
-  check(logits.rows > 0 && drafted.size() < static_cast<size_t>(logits.rows),
-        "verification needs a row more than drafts");
-  const int drafts = static_cast<int>(drafted.size());
-  for (int i = 0; i < drafts; ++i) {
-    const TokenId token = choose(logits.row(i), sampling, position + i);
-    if (token != drafted[static_cast<size_t>(i)]) {
-      return {i, token};
+Verdict verify(std::span<const TokenId> drafted, std::span<const TokenId> chosen) {
+  check(!chosen.empty() && (chosen.size() == drafted.size() || chosen.size() == drafted.size() + 1),
+        "every draft has its judgement, and one token may be left over");
+  for (size_t i = 0; i < drafted.size(); ++i) {
+    if (chosen[i] != drafted[i]) {
+      return {static_cast<int>(i), chosen[i]};
     }
   }
-  return {drafts, choose(logits.row(drafts), sampling, position + drafts)};
+  Verdict verdict{static_cast<int>(drafted.size()), {}};
+  if (chosen.size() > drafted.size()) {
+    verdict.next = chosen.back();
+  }
+  return verdict;
 }
 
 }  // namespace vericache

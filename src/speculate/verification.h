@@ -2,31 +2,21 @@
 // thread.
 #pragma once
 
-#include <cstddef>
+#include <optional>
 #include <span>
 
-#include "speculate/sampling.h"
+#include "base/token.h"
 
 namespace vericache {
 
-// Row i holds the logits that choose the token at `position + i`.
-struct LogitsView {
-  const float* data = nullptr;  // (rows, vocabulary)
-  int rows = 0;
-  int vocabulary = 0;
-  std::span<const float> row(int i) const {
-    return {data + static_cast<size_t>(i) * vocabulary, static_cast<size_t>(vocabulary)};
-  }
-};
-
 // accepted: drafted tokens confirmed, in order, up to the first disagreement. next: what the verified logits choose
-// after them.
+// after them; empty where every choice confirmed a draft and none is left over.
 struct Verdict {
   int accepted = 0;
-  TokenId next = 0;
+  std::optional<TokenId> next;
 };
 
-// drafted.size() < logits.rows; row i judges drafted[i]. `position` is that of drafted[0].
-Verdict verify(std::span<const TokenId> drafted, const LogitsView& logits, const Sampling& sampling, int position);
+// chosen[i] is what verified logits choose at the place of drafted[i]. There are as many as drafts, or one more.
+Verdict verify(std::span<const TokenId> drafted, std::span<const TokenId> chosen);
 
 }  // namespace vericache

@@ -142,7 +142,7 @@ bool Attention::place_partials(int group) {
 void Attention::run(const AttentionArgs& args) {
   check(args.shape == limits_.shape && args.heads == limits_.heads, "attention runs for the shape it was built for");
   blocks_.clear();
-  for (const SequenceRows& sequence : args.sequences) {
+  for (const SequenceRows& sequence : args.pass->layer(args.layer)) {
     list_sequence(args, sequence);
   }
   const int count = static_cast<int>(blocks_.size());
@@ -177,14 +177,12 @@ void Attention::run(const AttentionArgs& args) {
   }
 }
 
-void Attention::gather_q(const bf16* q, int heads, const KvShape& shape, int first_row, int rows, int head,
-                         std::vector<bf16>& out) const {
-  const int group = heads / shape.kv_heads;
-  const size_t values = at(group, shape.key_dim());
-  for (int r = 0; r < rows; ++r) {
-    const bf16* from = q + at(first_row + r, heads * shape.key_dim()) + at(head * group, shape.key_dim());
-    std::copy_n(from, values, out.data() + static_cast<size_t>(r) * values);
-  }
+// The queries of one row (heads, key_dim) that share a KV head, from `stacked_row` on.
+void Attention::gather_q(const bf16* row, int head, int stacked_row, std::vector<bf16>& out) const {
+  const KvShape& shape = limits_.shape;
+  const int group = limits_.heads / shape.kv_heads;
+  std::copy_n(row + at(head * group, shape.key_dim()), at(group, shape.key_dim()),
+              out.data() + at(stacked_row, shape.key_dim()));
 }
 
 const std::byte* Attention::bf16_page(const KvView& view, int head, int page, const KvShape& shape, bool needs_values) {
@@ -259,8 +257,11 @@ void Attention::run_split(const AttentionArgs& args, const AttentionBlock& block
   std::fill_n(state.max, stacked, -std::numeric_limits<float>::infinity());
   std::fill_n(state.sum, at(stacked, kSumLanes), 0.0f);
   std::fill_n(state.acc, at(stacked, args.shape.head_dim), 0.0f);
-  gather_q(args.q, args.heads, args.shape, block.sequence->first_row + block.first, block.rows, block.head,
-           scratch().q);
+  const int group = args.heads / args.shape.kv_heads;
+  const bf16* q = args.q + at(block.sequence->first_row + block.first, args.heads * args.shape.key_dim());
+  for (int r = 0; r < block.rows; ++r) {
+    gather_q(q + at(r, args.heads * args.shape.key_dim()), block.head, r * group, scratch().q);
+  }
   const int end = std::min(block.pages, (split + 1) * kSplitPages);
   for (int page = split * kSplitPages; page < end; ++page) {
     run_page(args, block, page, state);
@@ -316,6 +317,7 @@ void Attention::finish(const AttentionArgs& args, const AttentionBlock& block, c
 
 void Attention::mass(const MassArgs& args) {
   check(args.shape == limits_.shape && args.heads == limits_.heads, "attention runs for the shape it was built for");
+  check(args.rows <= args.queries.capacity, "the queries that vote stand in their ring");
   const int pages = pages_of(args.tokens);
   const int tasks = (pages + kMassPages - 1) / kMassPages;
   pool_.parallel_for(tasks * args.shape.kv_heads, [&](int i) {
@@ -328,15 +330,17 @@ void Attention::mass_pages(const MassArgs& args, int head, int first_page, int l
   const int group = args.heads / args.shape.kv_heads;
   const int most = stacked_rows_ / group;
   Scratch& s = scratch();
-  for (int first = 0; first < args.sequence.rows; first += most) {
-    const int rows = std::min(most, args.sequence.rows - first);
-    const int first_row = args.sequence.first_row + first;
-    gather_q(args.q, args.heads, args.shape, first_row, rows, head, s.q);
-    for (int r = 0; r < rows * group; ++r) {
-      const size_t row = static_cast<size_t>(first_row + r / group);
-      const float lse =
-          args.log_sum_exp[row * static_cast<size_t>(args.heads) + static_cast<size_t>(head * group + r % group)];
-      s.log_sum_exp2[static_cast<size_t>(r)] = lse * kLog2E;
+  float* mass = args.mass + at(head, args.tokens);
+  std::fill(mass + at(first_page, kPageTokens), mass + std::min(args.tokens, last_page * kPageTokens), 0.0f);
+  for (int first = 0; first < args.rows; first += most) {
+    const int rows = std::min(most, args.rows - first);
+    for (int r = 0; r < rows; ++r) {
+      const int slot = (args.position + first + r) % args.queries.capacity;
+      gather_q(args.queries.q + at(slot, args.heads * args.shape.key_dim()), head, r * group, s.q);
+      const float* log_sum_exp = args.queries.log_sum_exp + at(slot, args.heads) + at(head, group);
+      for (int h = 0; h < group; ++h) {
+        s.log_sum_exp2[static_cast<size_t>(r * group + h)] = log_sum_exp[h] * kLog2E;
+      }
     }
     for (int page = first_page; page < last_page; ++page) {
       mass_page(args, head, page, first, rows * group);
@@ -346,7 +350,7 @@ void Attention::mass_pages(const MassArgs& args, int head, int first_page, int l
 
 void Attention::mass_page(const MassArgs& args, int head, int page, int first_row, int stacked) {
   const KvShape& shape = args.shape;
-  const LayerKv& kv = args.sequence.kv;
+  const LayerKv& kv = args.kv;
   const int group = args.heads / shape.kv_heads;
   const int past_pages = pages_of(tokens_of(kv.past, head));
   const bool in_past = page < past_pages;
@@ -356,7 +360,7 @@ void Attention::mass_page(const MassArgs& args, int head, int page, int first_ro
   // Slots of a full past are positions: a query before its end does not see behind itself.
   const bool causal = !in_past || tokens_of(kv.past, head) == kv.tail_position;
   const int begin = in_past ? page * kPageTokens : kv.tail_position + index * kPageTokens;
-  const int offset = args.sequence.position + first_row - begin;
+  const int offset = args.position + first_row - begin;
   const int key_pairs = shape.key_dim() / 2;
   Scratch& s = scratch();
   for (int r = 0; r < stacked; ++r) {

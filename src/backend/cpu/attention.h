@@ -51,11 +51,9 @@ class Attention {
   };
 
   Scratch& scratch() { return scratch_[static_cast<size_t>(ThreadPool::thread_index())]; }
-  void list_blocks(const AttentionArgs& args);
   void list_sequence(const AttentionArgs& args, const SequenceRows& sequence);
   bool place_partials(int group);  // false: blocks are many or the space is short, so each is walked by one thread
-  void gather_q(const bf16* q, int heads, const KvShape& shape, int first_row, int rows, int head,
-                std::vector<bf16>& out) const;
+  void gather_q(const bf16* row, int head, int stacked_row, std::vector<bf16>& out) const;
   void run_split(const AttentionArgs& args, const AttentionBlock& block, int split, const SoftmaxRows& state);
   void run_page(const AttentionArgs& args, const AttentionBlock& block, int page, const SoftmaxRows& state);
   void run_block(const AttentionArgs& args, const AttentionBlock& block);

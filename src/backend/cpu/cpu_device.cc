@@ -1,5 +1,6 @@
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <span>
 
 #include "backend/device.h"
@@ -16,6 +17,14 @@ class CpuDevice final : public Device {
     }
   }
   std::string_view name() const override { return "cpu"; }
+  bool addressable() const override { return true; }
+  std::unique_ptr<Device> make_host_memory(size_t budget_bytes) override { return make_cpu_device(budget_bytes); }
+  void write(std::byte* target, const void* source, size_t bytes) override {
+    std::copy_n(static_cast<const std::byte*>(source), bytes, target);
+  }
+  void read(void* target, const std::byte* source, size_t bytes) const override {
+    std::copy_n(source, bytes, static_cast<std::byte*>(target));
+  }
 
  private:
   std::byte* take(size_t bytes) override {

@@ -1,42 +1,39 @@
 #include "backend/cpu/cpu_kernels.h"
 
 #include <fmt/format.h>
-#include <hwy/targets.h>
 
 #include <algorithm>
 #include <array>
+#include <chrono>
+#include <cstring>
 #include <string>
 #include <vector>
 
 #include "backend/cpu/attention.h"
+#include "backend/cpu/blocks.h"
+#include "backend/cpu/packing.h"
+#include "backend/cpu/products.h"
+#include "backend/cpu/scores.h"
 #include "backend/cpu/simd.h"
 #include "base/check.h"
 #include "base/error.h"
+#include "base/hash.h"
 #include "base/threads.h"
 
 namespace vericache {
 namespace {
 
-// Work below this is done before a second thread has joined (1-2 us): bytes of weights, or values of a row operation.
-constexpr size_t kForkWeightBytes = size_t{48} << 10;
+// Values of a row operation: fewer are done before a second thread has joined (1-2 us).
 constexpr size_t kForkValues = size_t{16} << 10;
 
-// A block of rows stays in L2 while the panels of a task pass; a block of K keeps four panels in L1.
-constexpr int kRowBlock = 192;
-constexpr int kPanelBlock = 8;
-constexpr int kThickRows = 24;
-constexpr int kKBlock = 256;
-
-constexpr std::array<std::string_view, 5> kIsaNames = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};
+using Clock = std::chrono::steady_clock;
+constexpr size_t kMarks = 4096;  // of which the times are known
 
 int ceil_div(int a, int b) {
   return (a + b - 1) / b;
 }
 size_t at(int rows, int columns) {
   return static_cast<size_t>(rows) * static_cast<size_t>(columns);
-}
-size_t panel_values(int in) {
-  return at(padded_dim(in), kPanel);
 }
 
 CpuOps ops_of(Isa isa) {
@@ -56,29 +53,78 @@ class CpuKernels final : public Kernels {
         limits_(limits),
         name_(fmt::format("cpu {}, {} thread{}", isa_name(isa), threads, threads == 1 ? "" : "s")),
         pool_(threads),
+        products_(ops_.product, pool_),
         attention_(ops_, pool_, limits),
-        edge_(static_cast<size_t>(threads), std::vector<float>(at(kRowBlock, kPanel))),
-        sequence_of_row_(static_cast<size_t>(limits.max_rows)) {}
+        packing_(*ops_.quant, pool_, limits.shape),
+        scores_(pool_, limits.max_context_tokens),
+        sequence_of_row_(static_cast<size_t>(limits.max_rows)) {
+    marks_.fill(Clock::now());
+  }
 
   std::string_view name() const override { return name_; }
-  size_t packed_bytes(int out, int in) const override {
-    return static_cast<size_t>(ceil_div(out, kPanel)) * panel_values(in) * sizeof(bf16);
+  size_t packed_bytes(int out, int in) const override { return products_.packed_bytes(out, in); }
+  void pack_rows(const bf16* source, int first, int rows, PackedMatrix& matrix) const override {
+    products_.pack_rows(source, first, rows, matrix);
   }
-  void pack_rows(const bf16* source, int first, int rows, PackedMatrix& matrix) const override;
-  void embed(const PackedMatrix& table, std::span<const TokenId> tokens, float* out) override;
-  void matmul(const PackedMatrix& weight, const bf16* x, int rows, float* y, Epilogue epilogue) override;
+  void fill_random(PackedMatrix& matrix, uint64_t seed, float scale) const override {
+    products_.fill_random(matrix, seed, scale);
+  }
+
+  // One lane, and an op is done when it returns.
+  Mark mark() override;
+  bool reached(Mark mark) override {
+    (void)mark;
+    return true;
+  }
+  void wait(Mark mark) override { (void)mark; }
+  double seconds(Mark from, Mark to) override;
+  double time(Mark mark) override;
+  void follow(Lane& other, Mark mark) override {
+    (void)other;
+    (void)mark;
+  }
+  void upload(std::byte* target, const void* source, size_t bytes) override {
+    std::copy_n(static_cast<const std::byte*>(source), bytes, target);
+  }
+
+  void stage(const PassRows& pass) override;
+  void embed(const PackedMatrix& table, const PassRows& pass, float* out) override;
+  void matmul(const PackedMatrix& weight, const bf16* x, int rows, float* y, Epilogue epilogue) override {
+    products_.matmul(weight, x, rows, y, epilogue);
+  }
   void add_bias(const float* bias, int rows, int dim, float* y) override;
   void rms_norm(const float* x, const float* weight, float eps, int rows, int dim, bf16* out) override;
   void silu_mul(const float* gate_up, int rows, int dim, bf16* out) override;
   void store_qkv(const QkvArgs& args) override;
   void attention(const AttentionArgs& args) override;
+  void select_rows(const float* x, const PassRows& pass, int dim, float* out) override;
+  void choose(const float* logits, const PassRows& pass, int vocabulary) override;
+
+  void keep_queries(const bf16* q, const float* log_sum_exp, int heads, const KvShape& shape, const PassRows& pass,
+                    int layer) override;
   void attention_mass(const MassArgs& args) override;
+  void pool_mass(const float* mass, int rows, int n, int reach, int always, float* scores) override {
+    scores_.pool_mass(mass, rows, n, reach, always, scores);
+  }
+  void choose_best(const float* scores, int rows, int n, int count, int* chosen, int stride) override {
+    scores_.choose_best(scores, rows, n, count, chosen, stride);
+  }
+  void quantize(const QuantizeArgs& args) override { packing_.quantize(args); }
+  void gather(const GatherArgs& args) override { packing_.gather(args); }
   void quantize_head_page(const std::byte* source, int tokens, const KvShape& shape, const KvFormat& format,
-                          std::byte* out) override;
+                          std::byte* out) override {
+    packing_.quantize_head_page(source, tokens, shape, format, out);
+  }
   void dequantize_head_page(const std::byte* source, const KvShape& shape, const KvFormat& format,
-                            std::byte* out) override;
-  void parallel(int count, const void* state, void (*body)(const void* state, int i)) override {
-    pool_.run(count, state, body);
+                            std::byte* out) override {
+    packing_.dequantize_head_page(source, shape, format, out);
+  }
+
+  void copy(std::span<const BlockCopy> copies) override { copy_blocks(copies, pool_); }
+  void zero(std::byte* target, size_t bytes) override { std::fill_n(target, bytes, std::byte{0}); }
+  void checksum(const BlockRow& blocks, uint64_t* checksums) override { checksum_blocks(blocks, checksums, pool_); }
+  void prove(const BlockRow& blocks, const uint64_t* checksums, uint32_t* mismatches) override {
+    *mismatches += count_mismatches(blocks, checksums, pool_);
   }
 
  private:
@@ -86,38 +132,40 @@ class CpuKernels final : public Kernels {
   // way.
   template <typename Body>
   void for_rows(int rows, int values_per_row, const Body& body);
-  void multiply_tile(const PackedMatrix& weight, const bf16* x, int rows, int first_panel, int panels, float* y,
-                     bool add);
-  void multiply_edge(const PackedMatrix& weight, const bf16* x, int rows, int k, int k_values, float* y,
-                     bool accumulate);
+  void list_rows(const PassRows& pass, int layer);
   void store_row(const QkvArgs& args, int row);
 
   CpuOps ops_;
   KernelLimits limits_;
   std::string name_;
   ThreadPool pool_;
+  Products products_;
   Attention attention_;
-  std::vector<std::vector<float>> edge_;  // per thread: (kRowBlock, 16), products of a panel that sticks out of y
+  Packing packing_;
+  Scores scores_;
   std::vector<const SequenceRows*> sequence_of_row_;
+  Mark last_mark_ = 0;
+  std::array<Clock::time_point, kMarks> marks_{};
 };
 
-void CpuKernels::pack_rows(const bf16* source, int first, int rows, PackedMatrix& matrix) const {
-  check(first >= 0 && rows >= 0 && rows <= matrix.out - first, "packed rows lie in the matrix");
-  const int pairs = padded_dim(matrix.in) / 2;
-  for (int begin = first; begin < first + rows;) {
-    const int panel = begin / kPanel;
-    const int end = std::min(first + rows, (panel + 1) * kPanel);
-    bf16* out = matrix.data + static_cast<size_t>(panel) * panel_values(matrix.in);
-    for (int p = 0; p < pairs; ++p) {
-      for (int row = begin; row < end; ++row) {
-        for (int i = 2 * p; i < std::min(2 * p + 2, matrix.in); ++i) {
-          out[at(p * kPanel + row % kPanel, 2) + static_cast<size_t>(i % 2)] =
-              source[at(row - first, matrix.in) + static_cast<size_t>(i)];
-        }
-      }
-    }
-    begin = end;
-  }
+Mark CpuKernels::mark() {
+  marks_[++last_mark_ % kMarks] = Clock::now();
+  return last_mark_;
+}
+
+double CpuKernels::seconds(Mark from, Mark to) {
+  check(from <= to && to <= last_mark_ && last_mark_ - from < kMarks, "the marks are among the last thousands");
+  return std::chrono::duration<double>(marks_[to % kMarks] - marks_[from % kMarks]).count();
+}
+
+double CpuKernels::time(Mark mark) {
+  return std::chrono::duration<double>(marks_[mark % kMarks].time_since_epoch()).count();
+}
+
+void CpuKernels::stage(const PassRows& pass) {
+  check(pass.rows <= limits_.max_rows, "a pass has no more rows than the kernels were built for");
+  check(pass.layers > 0 && pass.sequences.size() % static_cast<size_t>(pass.layers) == 0,
+        "every layer of a pass has the same sequences");
 }
 
 template <typename Body>
@@ -139,77 +187,28 @@ void CpuKernels::for_rows(int rows, int values_per_row, const Body& body) {
   });
 }
 
-void CpuKernels::embed(const PackedMatrix& table, std::span<const TokenId> tokens, float* out) {
-  for_rows(static_cast<int>(tokens.size()), table.in, [&](int row) {
-    const TokenId token = tokens[static_cast<size_t>(row)];
+// Passes of different lanes take turns on this one, so that no list of rows outlives its op.
+void CpuKernels::list_rows(const PassRows& pass, int layer) {
+  check(pass.rows <= limits_.max_rows, "a pass has no more rows than the kernels were built for");
+  std::fill_n(sequence_of_row_.begin(), pass.rows, nullptr);
+  for (const SequenceRows& sequence : pass.layer(layer)) {
+    check(sequence.first_row >= 0 && sequence.rows <= pass.rows - sequence.first_row,
+          "a sequence's rows lie in the pass");
+    std::fill_n(sequence_of_row_.begin() + sequence.first_row, sequence.rows, &sequence);
+  }
+  check(std::find(sequence_of_row_.begin(), sequence_of_row_.begin() + pass.rows, nullptr) ==
+            sequence_of_row_.begin() + pass.rows,
+        "every row belongs to a sequence");
+}
+
+void CpuKernels::embed(const PackedMatrix& table, const PassRows& pass, float* out) {
+  list_rows(pass, 0);
+  for_rows(pass.rows, table.in, [&](int row) {
+    const SequenceRows& sequence = *sequence_of_row_[static_cast<size_t>(row)];
+    const TokenId token = sequence.tokens[sequence.position + row - sequence.first_row];
     check(token >= 0 && token < table.out, "token ids lie in the vocabulary");
-    const bf16* values =
-        table.data + static_cast<size_t>(token / kPanel) * panel_values(table.in) + at(token % kPanel, 2);
-    float* target = out + at(row, table.in);
-    for (int i = 0; i < table.in; ++i) {
-      target[i] = to_float(values[at(i / 2, 2 * kPanel) + static_cast<size_t>(i % 2)]);
-    }
+    products_.unpack_row(table, token, out + at(row, table.in));
   });
-}
-
-void CpuKernels::matmul(const PackedMatrix& weight, const bf16* x, int rows, float* y, Epilogue epilogue) {
-  const bool add = epilogue == Epilogue::add;
-  const int panels = ceil_div(weight.out, kPanel);
-  const int row_block = std::min(rows, kRowBlock);
-  const FlushDenormals flush;
-  const auto tile = [&](int first_row, int first_panel, int tile_panels) {
-    multiply_tile(weight, x + at(first_row, padded_dim(weight.in)), std::min(row_block, rows - first_row), first_panel,
-                  std::min(tile_panels, panels - first_panel), y + at(first_row, weight.out), add);
-  };
-  if (rows <= 0) {
-    return;
-  }
-  if (pool_.threads() == 1 ||
-      packed_bytes(weight.out, weight.in) * static_cast<size_t>(ceil_div(rows, 6)) < kForkWeightBytes) {
-    for (int row = 0; row < rows; row += row_block) {
-      tile(row, 0, panels);
-    }
-    return;
-  }
-  // Few rows: long runs of panels, so that each thread streams its share of the weights. Many rows: tiles of y.
-  const int groups = ceil_div(panels, kPanelBlock);
-  const int tile_panels = rows > kThickRows ? kPanelBlock : std::max(1, groups / (4 * pool_.threads())) * kPanelBlock;
-  const int columns = ceil_div(panels, tile_panels);
-  pool_.parallel_for(columns * ceil_div(rows, row_block),
-                     [&](int i) { tile(i / columns * row_block, i % columns * tile_panels, tile_panels); });
-}
-
-void CpuKernels::multiply_tile(const PackedMatrix& weight, const bf16* x, int rows, int first_panel, int panels,
-                               float* y, bool add) {
-  const int k = padded_dim(weight.in);
-  const int k_block = rows > kThickRows ? kKBlock : k;
-  const int full = std::min(panels, weight.out / kPanel - first_panel);
-  for (int begin = 0; begin < k; begin += k_block) {
-    const int values = std::min(k_block, k - begin);
-    const bf16* panel = weight.data + static_cast<size_t>(first_panel) * panel_values(weight.in) + at(begin, kPanel);
-    ops_.product(x + begin, static_cast<size_t>(k), rows, panel, panel_values(weight.in), values / 2, full,
-                 y + first_panel * kPanel, static_cast<size_t>(weight.out), add || begin > 0, nullptr);
-    if (full < panels) {
-      multiply_edge(weight, x, rows, begin, values, y, add || begin > 0);
-    }
-  }
-}
-
-void CpuKernels::multiply_edge(const PackedMatrix& weight, const bf16* x, int rows, int k, int k_values, float* y,
-                               bool accumulate) {
-  float* edge = edge_[static_cast<size_t>(ThreadPool::thread_index())].data();
-  const int panel = weight.out / kPanel;
-  const int width = weight.out % kPanel;
-  float* columns = y + panel * kPanel;
-  for (int row = 0; accumulate && row < rows; ++row) {
-    std::copy_n(columns + at(row, weight.out), width, edge + at(row, kPanel));
-  }
-  ops_.product(x + k, static_cast<size_t>(padded_dim(weight.in)), rows,
-               weight.data + static_cast<size_t>(panel) * panel_values(weight.in) + at(k, kPanel),
-               panel_values(weight.in), k_values / 2, 1, edge, kPanel, accumulate, nullptr);
-  for (int row = 0; row < rows; ++row) {
-    std::copy_n(edge + at(row, kPanel), width, columns + at(row, weight.out));
-  }
 }
 
 void CpuKernels::add_bias(const float* bias, int rows, int dim, float* y) {
@@ -229,17 +228,13 @@ void CpuKernels::silu_mul(const float* gate_up, int rows, int dim, bf16* out) {
 }
 
 void CpuKernels::store_qkv(const QkvArgs& args) {
-  check(args.shape == limits_.shape && args.heads == limits_.heads && args.rows <= limits_.max_rows,
-        "store_qkv runs within the limits it was built for");
-  std::fill_n(sequence_of_row_.begin(), args.rows, nullptr);
-  for (const SequenceRows& sequence : args.sequences) {
-    check(sequence.first_row >= 0 && sequence.rows <= args.rows - sequence.first_row,
-          "a sequence's rows lie in the pass");
+  check(args.shape == limits_.shape && args.heads == limits_.heads, "store_qkv runs for the shape it was built for");
+  list_rows(*args.pass, args.layer);
+  for (const SequenceRows& sequence : args.pass->layer(args.layer)) {
     check(sequence.position >= sequence.kv.tail_position && sequence.position + sequence.rows <= args.rope.positions,
           "a sequence's rows stand in its tail, at positions that RoPE knows");
-    std::fill_n(sequence_of_row_.begin() + sequence.first_row, sequence.rows, &sequence);
   }
-  for_rows(args.rows, (args.heads + 2 * args.shape.kv_heads) * args.shape.head_dim,
+  for_rows(args.pass->rows, (args.heads + 2 * args.shape.kv_heads) * args.shape.head_dim,
            [&](int row) { store_row(args, row); });
 }
 
@@ -247,7 +242,6 @@ void CpuKernels::store_qkv(const QkvArgs& args) {
 // V.
 void CpuKernels::store_row(const QkvArgs& args, int row) {
   const SequenceRows* sequence = sequence_of_row_[static_cast<size_t>(row)];
-  check(sequence != nullptr, "every row belongs to a sequence");
   const KvShape& shape = args.shape;
   const int head_dim = shape.head_dim;
   const int kv_heads = shape.kv_heads;
@@ -260,9 +254,6 @@ void CpuKernels::store_row(const QkvArgs& args, int row) {
     bf16* q = args.q + at(row * args.heads + head, shape.key_dim());
     ops_.rows->finish_head(qkv + at(head, head_dim), bias(head), args.q_norm, args.norm_eps, cos, sin, head_dim, q);
     std::fill(q + head_dim, q + shape.key_dim(), bf16{0});
-  }
-  if (sequence->keep_kv) {
-    return;
   }
   const int slot = (position - sequence->kv.tail_position) % kPageTokens;
   const int page = (position - sequence->kv.tail_position) / kPageTokens;
@@ -289,87 +280,44 @@ void CpuKernels::attention(const AttentionArgs& args) {
   attention_.run(args);
 }
 
+void CpuKernels::select_rows(const float* x, const PassRows& pass, int dim, float* out) {
+  for (const LogitRow& logit_row : pass.logit_rows) {
+    out = std::copy_n(x + at(logit_row.row, dim), dim, out);
+  }
+}
+
+void CpuKernels::choose(const float* logits, const PassRows& pass, int vocabulary) {
+  const FlushDenormals flush;  // on every thread alike: a choice must not depend on where it is made
+  pool_.parallel_for(static_cast<int>(pass.logit_rows.size()), [&](int i) {
+    const LogitRow& row = pass.logit_rows[static_cast<size_t>(i)];
+    const std::span<const float> values(logits + at(i, vocabulary), static_cast<size_t>(vocabulary));
+    *row.token = vericache::choose(values, row.sampling, row.position);
+    if (row.hash != nullptr) {
+      *row.hash = hash_bytes(values.data(), values.size_bytes());
+    }
+  });
+}
+
+void CpuKernels::keep_queries(const bf16* q, const float* log_sum_exp, int heads, const KvShape& shape,
+                              const PassRows& pass, int layer) {
+  const int row_values = heads * shape.key_dim();
+  for (const SequenceRows& sequence : pass.layer(layer)) {
+    const QueryRing& ring = sequence.queries;
+    for (int r = std::max(0, sequence.rows - ring.capacity); r < sequence.rows; ++r) {
+      const int row = sequence.first_row + r;
+      const int slot = (sequence.position + r) % ring.capacity;
+      std::copy_n(q + at(row, row_values), row_values, ring.q + at(slot, row_values));
+      std::copy_n(log_sum_exp + at(row, heads), heads, ring.log_sum_exp + at(slot, heads));
+    }
+  }
+}
+
 void CpuKernels::attention_mass(const MassArgs& args) {
   const FlushDenormals flush;
   attention_.mass(args);
 }
 
-void CpuKernels::quantize_head_page(const std::byte* source, int tokens, const KvShape& shape, const KvFormat& format,
-                                    std::byte* out) {
-  const FlushDenormals flush;
-  const int key_panels = kPageTokens / kPanel;
-  const int value_panels = shape.head_dim / kPanel;
-  const auto* keys = reinterpret_cast<const bf16*>(source);
-  const bf16* values = keys + at(kPageTokens, shape.key_dim());
-  std::byte* out_values = out + key_page_bytes(format.key_bits, shape);
-  if (format.key_bits == 16) {
-    std::memcpy(out, keys, key_page_bytes(16, shape));
-  } else {
-    ops_.quant->quantize(keys, format.key_bits, key_panels, shape.key_dim() / 2, tokens, shape.key_dim(), out);
-  }
-  if (format.value_bits == 16) {
-    std::memcpy(out_values, values, value_page_bytes(16, shape));
-  } else {
-    ops_.quant->quantize(values, format.value_bits, value_panels, kPageTokens / 2, shape.head_dim, tokens, out_values);
-  }
-}
-
-void CpuKernels::dequantize_head_page(const std::byte* source, const KvShape& shape, const KvFormat& format,
-                                      std::byte* out) {
-  const FlushDenormals flush;
-  auto* keys = reinterpret_cast<bf16*>(out);
-  bf16* values = keys + at(kPageTokens, shape.key_dim());
-  const std::byte* source_values = source + key_page_bytes(format.key_bits, shape);
-  if (format.key_bits == 16) {
-    std::memcpy(keys, source, key_page_bytes(16, shape));
-  } else {
-    ops_.quant->dequantize(source, format.key_bits, kPageTokens / kPanel, shape.key_dim() / 2, keys, nullptr);
-  }
-  if (format.value_bits == 16) {
-    std::memcpy(values, source_values, value_page_bytes(16, shape));
-  } else {
-    ops_.quant->dequantize(source_values, format.value_bits, shape.head_dim / kPanel, kPageTokens / 2, values, nullptr);
-  }
-}
-
 }  // namespace
-
-std::string_view isa_name(Isa isa) {
-  return kIsaNames[static_cast<size_t>(isa)];
-}
-
-std::optional<Isa> parse_isa(std::string_view name) {
-  const auto found = std::find(kIsaNames.begin(), kIsaNames.end(), name);
-  return found == kIsaNames.end() ? std::nullopt : std::optional(static_cast<Isa>(found - kIsaNames.begin()));
-}
-
-bool isa_supported(Isa isa) {
-  const int64_t targets = hwy::SupportedTargets();
-  const bool avx512 = (targets & HWY_AVX3) != 0;
-  switch (isa) {
-    case Isa::portable:
-      return true;
-    case Isa::avx2:
-      return (targets & HWY_AVX2) != 0;
-    case Isa::avx512:
-      return avx512;
-    case Isa::avx512_bf16:
-      return avx512 && __builtin_cpu_supports("avx512bf16") != 0;
-    case Isa::amx:
-      return avx512 && __builtin_cpu_supports("amx-tile") != 0 && __builtin_cpu_supports("amx-bf16") != 0 &&
-             amx_permitted();
-  }
-  return false;
-}
-
-Isa best_isa() {
-  for (const Isa isa : {Isa::amx, Isa::avx512_bf16, Isa::avx512, Isa::avx2}) {
-    if (isa_supported(isa)) {
-      return isa;
-    }
-  }
-  return Isa::portable;
-}
 
 std::unique_ptr<Kernels> make_cpu_kernels(Isa isa, int threads, const KernelLimits& limits) {
   if (!isa_supported(isa)) {

@@ -1,0 +1,109 @@
+#include "backend/cpu/packing.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "base/check.h"
+
+namespace vericache {
+namespace {
+
+constexpr size_t kLine = 64;
+
+size_t lines(size_t bytes) {
+  return (bytes + kLine - 1) / kLine * kLine;
+}
+
+const std::byte* full_page(const LayerKv& full, int head, int page) {
+  const int past_pages = full.tail_position / kPageTokens;
+  return page < past_pages ? full.past.head_page(head, page) : full.tail.head_page(head, page - past_pages);
+}
+
+}  // namespace
+
+Packing::Packing(const QuantOps& ops, ThreadPool& pool, const KvShape& shape)
+    : ops_(ops),
+      pool_(pool),
+      shape_(shape),
+      page_stride_(lines(head_page_bytes(KvFormat{}, shape))),
+      pages_(page_stride_ * static_cast<size_t>(pool.threads()) + kLine) {
+  first_page_ = pages_.data() + (kLine - reinterpret_cast<uintptr_t>(pages_.data()) % kLine) % kLine;
+}
+
+void Packing::quantize(const QuantizeArgs& args) {
+  const FlushDenormals flush;
+  const int heads = args.shape.kv_heads;
+  pool_.parallel_for(args.count * heads, [&](int i) {
+    const int head = i % heads;
+    const int page = args.first + i / heads;
+    quantize_head_page(full_page(args.full, head, page), kPageTokens, args.shape, args.out.format,
+                       args.out.head_page(head, page));
+  });
+}
+
+void Packing::gather(const GatherArgs& args) {
+  check(args.shape == shape_, "gather runs for the shape it was built for");
+  const FlushDenormals flush;
+  const int pages = (args.count + kPageTokens - 1) / kPageTokens;
+  pool_.parallel_for(pages * shape_.kv_heads, [&](int i) { gather_page(args, i / pages, i % pages); });
+}
+
+void Packing::gather_page(const GatherArgs& args, int head, int page) {
+  const int first = page * kPageTokens;
+  const int count = std::min(kPageTokens, args.count - first);
+  const int* chosen = args.chosen + static_cast<ptrdiff_t>(head) * args.stride + first;
+  std::byte* target = args.out.head_page(head, page);
+  const bool exact = args.out.format.exact();
+  std::byte* gathered = exact ? target : first_page_ + static_cast<size_t>(ThreadPool::thread_index()) * page_stride_;
+  if (count < kPageTokens) {
+    std::memset(gathered, 0, head_page_bytes(KvFormat{}, shape_));
+  }
+  for (int i = 0; i < count; ++i) {
+    copy_token(full_page(args.full, head, chosen[i] / kPageTokens), chosen[i] % kPageTokens, gathered, i, shape_);
+  }
+  if (!exact) {
+    quantize_head_page(gathered, count, shape_, args.out.format, target);
+  }
+}
+
+void Packing::quantize_head_page(const std::byte* source, int tokens, const KvShape& shape, const KvFormat& format,
+                                 std::byte* out) const {
+  const FlushDenormals flush;
+  const int key_panels = kPageTokens / kPanel;
+  const int value_panels = shape.head_dim / kPanel;
+  const auto* keys = reinterpret_cast<const bf16*>(source);
+  const std::byte* values = source + key_page_bytes(16, shape);
+  std::byte* out_values = out + key_page_bytes(format.key_bits, shape);
+  if (format.key_bits == 16) {
+    std::memcpy(out, source, key_page_bytes(16, shape));
+  } else {
+    ops_.quantize(keys, format.key_bits, key_panels, shape.key_dim() / 2, tokens, shape.key_dim(), out);
+  }
+  if (format.value_bits == 16) {
+    std::memcpy(out_values, values, value_page_bytes(16, shape));
+  } else {
+    ops_.quantize(reinterpret_cast<const bf16*>(values), format.value_bits, value_panels, kPageTokens / 2,
+                  shape.head_dim, tokens, out_values);
+  }
+}
+
+void Packing::dequantize_head_page(const std::byte* source, const KvShape& shape, const KvFormat& format,
+                                   std::byte* out) const {
+  const FlushDenormals flush;
+  std::byte* values = out + key_page_bytes(16, shape);
+  const std::byte* source_values = source + key_page_bytes(format.key_bits, shape);
+  if (format.key_bits == 16) {
+    std::memcpy(out, source, key_page_bytes(16, shape));
+  } else {
+    ops_.dequantize(source, format.key_bits, kPageTokens / kPanel, shape.key_dim() / 2, reinterpret_cast<bf16*>(out),
+                    nullptr);
+  }
+  if (format.value_bits == 16) {
+    std::memcpy(values, source_values, value_page_bytes(16, shape));
+  } else {
+    ops_.dequantize(source_values, format.value_bits, shape.head_dim / kPanel, kPageTokens / 2,
+                    reinterpret_cast<bf16*>(values), nullptr);
+  }
+}
+
+}  // namespace vericache
