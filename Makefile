@@ -99,6 +99,11 @@ asan ubsan tsan: packages
 	fixed=; setarch -R true 2>/dev/null && fixed='setarch -R'; \
 	$$fixed $(CTEST) --test-dir build-$@ -R '^($(subst $(space),|,$(SANITIZED_$@)))$$'
 
+.PHONY: tarball
+tarball: packages ## build with the CUDA backend (needs nvcc) and pack binaries that run on other machines
+	cmake --preset cuda >/dev/null
+	cmake --build build-cuda --target tarball
+
 .PHONY: clean
 clean: ## remove every build folder
 	rm -rf build build-*

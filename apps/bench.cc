@@ -21,6 +21,8 @@
 namespace vericache {
 namespace {
 
+constexpr int kMostSequences = 32;  // where as many as fit are wanted
+
 struct BenchFlags {
   EngineFlags engine;
   PolicyFlags policy;
@@ -31,7 +33,7 @@ struct BenchFlags {
   std::string prompt_file;
   int steps = 128;
   int repeats = 3;
-  int sequences = 1;
+  int sequences = 1;  // 0: as many as fit
   bool json = false;
   std::string command_line;
 };
@@ -41,6 +43,8 @@ struct Sample {
   double decode = 0;
   double wire_bytes_per_token = 0;
   double read_gbps = 0;
+  double wire_share = 0;  // of the time in which something came in
+  double wire_gbps = 0;   // while it did
   SequenceStats speculation;
   std::deque<Transcript> transcripts;
 };
@@ -49,6 +53,8 @@ struct Result {
   std::string mode;
   int context = 0;
   int prompt_tokens = 0;
+  int sequences = 0;      // in flight
+  size_t peak_bytes = 0;  // of device memory: weights, kernels' own, pools
   std::vector<Sample> samples;
   std::optional<bool> identical;  // to the full mode of the same repeat
   double distinct_8gram_share = 0;
@@ -86,6 +92,12 @@ double wire_of(const Sample& s) {
 double read_of(const Sample& s) {
   return s.read_gbps;
 }
+double wire_share_of(const Sample& s) {
+  return s.wire_share;
+}
+double wire_gbps_of(const Sample& s) {
+  return s.wire_gbps;
+}
 double accepted_of(const Sample& s) {
   return per_round(s.speculation);
 }
@@ -113,33 +125,51 @@ StepBytes step_bytes(ModelSession& session, const Compressor* compressor, int to
   return bytes;
 }
 
+// Sequences that a mode has in flight.
+int capacity(const BenchFlags& flags, ModelSession& session, int context, bool compressed) {
+  if (flags.sequences != 0) {
+    return flags.sequences;
+  }
+  EngineOptions options = flags.engine.options;
+  options.max_model_len = plan_context(session.config(), options, context, flags.steps, "the context");
+  const std::string compressor = compressed ? flags.policy.compressor : "none";
+  return engine_capacity(session, options, flags.engine.device_memory, compressor,
+                         compressed ? horizon_for(flags.policy.horizon, compressor) : 0, kMostSequences);
+}
+
 // One mode at one context: an engine that lives through all repeats, so that only the first of them meets fresh memory.
 class Contender {
  public:
-  Contender(const BenchFlags& flags, ModelSession& session, const PromptGroup& group, bool compressed)
+  Contender(const BenchFlags& flags, ModelSession& session, const PromptGroup& group, bool compressed, Trace* trace)
       : flags_(flags), group_(group) {
     EngineOptions options = flags.engine.options;
-    options.max_sequences = flags.sequences;
+    options.trace = compressed ? trace : nullptr;
     options.max_model_len = plan_context(session.config(), options, group.longest(), flags.steps,
                                          fmt::format("the context {}", group.context));
     const std::string compressor = compressed ? flags.policy.compressor : "none";
     const int horizon = compressed ? horizon_for(flags.policy.horizon, compressor) : 0;
+    options.max_sequences =
+        std::min(static_cast<int>(group.prompts.size()), capacity(flags, session, group.context, compressed));
     engine_ = open_engine(session, options, flags.engine.device_memory, compressor, horizon);
+    result_.sequences = options.max_sequences;
     result_.mode = compressed ? "compressed" : "full";
     result_.context = group.context;
     result_.prompt_tokens = group.longest();
-    result_.full_on_device = engine_->stats().full_on_device;
     bytes_ = step_bytes(session, compressed ? make_compressor(compressor).get() : nullptr,
                         group.longest() + flags.steps / 2);
+    const EngineStats& stats = engine_->stats();
+    result_.peak_bytes = session.weight_bytes() + session.kernels().device_bytes() + engine_.device->used();
+    result_.full_on_device = stats.full_on_device;
     result_.step_bytes =
-        static_cast<size_t>(bytes_.weights + flags.sequences * (compressed ? bytes_.resident_kv : bytes_.full_kv));
+        static_cast<size_t>(bytes_.weights + result_.sequences * (compressed ? bytes_.resident_kv : bytes_.full_kv));
   }
 
   void measure() {
     Sample sample;
-    sample.transcripts.resize(group_.prompts.size());
+    sample.transcripts.resize(static_cast<size_t>(result_.sequences));
+    engine_->hold_decoding(true);
     const double start = now_seconds();
-    for (size_t i = 0; i < group_.prompts.size(); ++i) {
+    for (size_t i = 0; i < sample.transcripts.size(); ++i) {
       Request request{.prompt = group_.prompts[i],
                       .sampling = flags_.sampling,
                       .max_tokens = flags_.steps,
@@ -151,10 +181,18 @@ class Contender {
     const auto reading = [](const Transcript& t) { return t.tokens.empty() && !t.finish; };
     while (std::any_of(sample.transcripts.begin(), sample.transcripts.end(), reading) && engine_->step()) {
     }
+    engine_->hold_decoding(false);
     const double decoding = now_seconds();
     const EngineStats before = engine_->stats();
-    engine_->run();
+    // Measured while all are in flight: until the first of them is done.
+    const auto done = [](const Transcript& t) { return t.finish.has_value(); };
+    while (std::none_of(sample.transcripts.begin(), sample.transcripts.end(), done) && engine_->step()) {
+    }
     finish(sample, start, decoding, now_seconds(), before);
+    engine_->run();
+    sample.speculation.rounds = engine_->stats().speculation.rounds - before.speculation.rounds;
+    sample.speculation.drafted = engine_->stats().speculation.drafted - before.speculation.drafted;
+    sample.speculation.accepted = engine_->stats().speculation.accepted - before.speculation.accepted;
     result_.samples.push_back(std::move(sample));
   }
 
@@ -168,7 +206,9 @@ class Contender {
     if (reference != nullptr) {
       result_.identical = true;
       for (size_t r = 0; r < result_.samples.size(); ++r) {
-        for (size_t i = 0; i < group_.prompts.size(); ++i) {
+        const size_t common =
+            std::min(reference->result_.samples[r].transcripts.size(), result_.samples[r].transcripts.size());
+        for (size_t i = 0; i < common; ++i) {
           const Comparison same =
               compare(reference->result_.samples[r].transcripts[i], result_.samples[r].transcripts[i]);
           result_.identical = *result_.identical && same.identical();
@@ -199,9 +239,12 @@ class Contender {
     sample.read_gbps = (drafts * (bytes_.weights + sequences * bytes_.resident_kv) +
                         passes * (bytes_.weights + full_rows * bytes_.full_kv)) /
                        seconds / 1e9;
-    sample.speculation.rounds = after.speculation.rounds - before.speculation.rounds;
-    sample.speculation.drafted = after.speculation.drafted - before.speculation.drafted;
-    sample.speculation.accepted = after.speculation.accepted - before.speculation.accepted;
+    const double wire_seconds = after.wire_seconds - before.wire_seconds;
+    sample.wire_share = wire_seconds / seconds;
+    sample.wire_gbps =
+        wire_seconds == 0
+            ? 0
+            : static_cast<double>(after.wire_in_bytes_decode - before.wire_in_bytes_decode) / wire_seconds / 1e9;
   }
 
   const BenchFlags& flags_;
@@ -212,21 +255,23 @@ class Contender {
 };
 
 PromptGroup gather_group(const BenchFlags& flags, ModelSession& session, int context) {
+  const int count = std::max(flags.mode == "compressed" ? 1 : capacity(flags, session, context, false),
+                             flags.mode == "full" ? 1 : capacity(flags, session, context, true));
   if (flags.workload == "code") {
-    return text_group(session.tokenizer(), read_prompt_file(flags.prompt_file), context, flags.sequences);
+    return text_group(session.tokenizer(), read_prompt_file(flags.prompt_file), context, count);
   }
-  return records_group(session.tokenizer(), context, flags.sequences, flags.sampling.seed);
+  return records_group(session.tokenizer(), context, count, flags.sampling.seed);
 }
 
 std::vector<Result> measure_context(const BenchFlags& flags, ModelSession& session, const PromptGroup& group,
-                                    ProgressLine& progress) {
+                                    Trace* trace, ProgressLine& progress) {
   std::optional<Contender> full;
   std::optional<Contender> compressed;
   if (flags.mode != "compressed") {
-    full.emplace(flags, session, group, false);
+    full.emplace(flags, session, group, false, trace);
   }
   if (flags.mode != "full") {
-    compressed.emplace(flags, session, group, true);
+    compressed.emplace(flags, session, group, true, trace);
   }
   for (int repeat = 0; repeat < flags.repeats; ++repeat) {
     for (std::optional<Contender>* contender : {&full, &compressed}) {
@@ -245,7 +290,8 @@ std::vector<Result> measure_context(const BenchFlags& flags, ModelSession& sessi
     results.push_back(compressed->result(full ? &*full : nullptr));
   }
   for (Result& result : results) {
-    result.read_ceiling = read_ceiling_gbps(session.kernels(), session.threads(), result.step_bytes);
+    result.read_ceiling =
+        read_ceiling_gbps(session.device_kind(), session.kernels(), session.threads(), result.step_bytes);
   }
   return results;
 }
@@ -282,11 +328,16 @@ std::string json_report(const BenchFlags& flags, ModelSession& session, const st
                     {"read_gbps", r.median(read_of)},
                     {"read_ceiling_gbps", r.read_ceiling},
                     {"read_share_of_ceiling", r.median(read_of) / r.read_ceiling},
+                    {"wire_share_of_time", r.median(wire_share_of)},
+                    {"wire_gbps", r.median(wire_gbps_of)},
+                    {"sequences", r.sequences},
+                    {"device_bytes", r.peak_bytes},
                     {"full_on_device", r.full_on_device},
                     {"identical", r.identical ? nlohmann::ordered_json(*r.identical) : nlohmann::ordered_json()},
                     {"distinct_8gram_share", r.distinct_8gram_share}});
   }
   const nlohmann::ordered_json json = {{"model", flags.engine.model.model},
+                                       {"widened_to", session.widened_shape()},
                                        {"command", flags.command_line},
                                        {"kernels", std::string(session.kernels().name())},
                                        {"compressor", make_compressor(flags.policy.compressor)->name()},
@@ -300,28 +351,33 @@ std::string json_report(const BenchFlags& flags, ModelSession& session, const st
 }
 
 std::string table(const std::vector<Result>& results) {
-  std::string out = fmt::format("{:>8} {:<10} {:>13} {:>12} {:>17} {:>14} {:>12} {:>14} {:>9} {:>7}\n", "context",
-                                "mode", "prefill tok/s", "decode tok/s", "[least, most]", "accepted/round",
-                                "wire/token", "read GB/s", "identical", "8-grams");
+  std::string out =
+      fmt::format("{:>8} {:<10} {:>9} {:>13} {:>12} {:>17} {:>14} {:>12} {:>14} {:>14} {:>10} {:>9} {:>7}\n", "context",
+                  "mode", "sequences", "prefill tok/s", "decode tok/s", "[least, most]", "accepted/round", "wire/token",
+                  "wire GB/s", "read GB/s", "memory", "identical", "8-grams");
   for (const Result& r : results) {
     const std::vector<double> decode = r.sorted(decode_of);
-    out += fmt::format("{:>8} {:<10} {:>13.0f} {:>12.1f} {:>17} {:>14.1f} {:>12} {:>14} {:>9} {:>6.0f}%\n", r.context,
-                       r.mode, r.median(prefill_of), r.median(decode_of),
-                       fmt::format("[{:.1f}, {:.1f}]", decode.front(), decode.back()), r.median(accepted_of),
-                       bytes_text(r.median(wire_of)),
-                       fmt::format("{:.1f} ({:.0f}%)", r.median(read_of), 100 * r.median(read_of) / r.read_ceiling),
-                       !r.identical   ? ""
-                       : *r.identical ? "yes"
-                                      : "NO",
-                       100 * r.distinct_8gram_share);
+    out += fmt::format(
+        "{:>8} {:<10} {:>9} {:>13.0f} {:>12.1f} {:>17} {:>14.1f} {:>12} {:>14} {:>14} {:>10} {:>9} {:>6.0f}%\n",
+        r.context, r.mode, r.sequences, r.median(prefill_of), r.median(decode_of),
+        fmt::format("[{:.1f}, {:.1f}]", decode.front(), decode.back()), r.median(accepted_of),
+        bytes_text(r.median(wire_of)),
+        fmt::format("{:.1f} ({:.0f}%)", r.median(wire_gbps_of), 100 * r.median(wire_share_of)),
+        fmt::format("{:.1f} ({:.0f}%)", r.median(read_of), 100 * r.median(read_of) / r.read_ceiling),
+        bytes_text(static_cast<double>(r.peak_bytes)),
+        !r.identical   ? ""
+        : *r.identical ? "yes"
+                       : "NO",
+        100 * r.distinct_8gram_share);
   }
   for (const auto& ratio : ratios_json(results)) {
     out += fmt::format("context {}: compressed decodes {:.2f}x as fast as full, prefills {:.2f}x\n",
                        ratio["context"].get<int>(), ratio["decode"].get<double>(), ratio["prefill"].get<double>());
   }
   return out +
+         "wire: while something comes in, and the share of the time in which it does; "
          "read: weights and KV over time, and its share of the ceiling, the rate of plainly reading as many bytes "
-         "again and again;\n"
+         "again and again (a GPU: of copying);\n"
          "8-grams: share of distinct ones in the output\n";
 }
 
@@ -334,7 +390,7 @@ int bench(const BenchFlags& flags) {
   }
   ModelSession session(flags.engine.model);
   EngineOptions options = flags.engine.options;
-  options.max_sequences = flags.sequences;
+  options.max_sequences = flags.sequences == 0 ? kMostSequences : flags.sequences;
   const int longest = *std::max_element(flags.contexts.begin(), flags.contexts.end());
   const int limit = options.max_model_len > 0 ? options.max_model_len : session.config().max_position;
   if (longest + flags.steps > limit) {
@@ -344,16 +400,21 @@ int bench(const BenchFlags& flags) {
   const int context =
       plan_context(session.config(), options, longest, flags.steps, fmt::format("the context {}", longest));
   ProgressLine progress;
-  session.load(most_rows(options), context, progress);
+  session.load(most_rows(options), options.max_sequences, context, progress);
 
+  const std::unique_ptr<Trace> trace = open_trace(flags.engine.trace);
   std::vector<Result> results;
   for (const int wanted : flags.contexts) {
     const PromptGroup group = gather_group(flags, session, wanted);
-    for (Result& result : measure_context(flags, session, group, progress)) {
+    for (Result& result : measure_context(flags, session, group, trace.get(), progress)) {
       results.push_back(std::move(result));
     }
   }
-  write_stdout(flags.json ? json_report(flags, session, results) : table(results));
+  std::string heading;
+  if (const std::string shape = session.widened_shape(); !shape.empty()) {
+    heading = fmt::format("a trained model widened to {}: its function, the cost of that shape\n", shape);
+  }
+  write_stdout(flags.json ? json_report(flags, session, results) : heading + table(results));
   const bool identical =
       std::none_of(results.begin(), results.end(), [](const Result& r) { return r.identical && !*r.identical; });
   return identical ? 0 : 1;
@@ -391,8 +452,8 @@ void add_bench(CLI::App& app, Command& chosen, const std::string& command_line) 
       ->add_option("--repeats", flags->repeats, "Times that each mode is measured, alternating; medians are reported")
       ->check(CLI::Range(1, 1000))
       ->capture_default_str();
-  command->add_option("--sequences", flags->sequences, "Sequences decoded at once")
-      ->check(CLI::Range(1, 4096))
+  command->add_option("--sequences", flags->sequences, "Sequences decoded at once; 0: as many as each mode can hold")
+      ->check(CLI::Range(0, 4096))
       ->capture_default_str();
   command->add_flag("--json", flags->json, "One JSON object on stdout instead of the table");
   command->footer(R"(Examples:

@@ -254,7 +254,8 @@ int check_identity(const CheckFlags& flags) {
   }
   {
     ProgressLine progress;
-    session.load(std::max(most_rows(flags.engine.options), most_rows(EngineOptions{})), context, progress);
+    session.load(std::max(most_rows(flags.engine.options), most_rows(EngineOptions{})),
+                 flags.engine.options.max_sequences, context, progress);
   }
   const Outcome outcome = Check(flags, session, std::move(groups)).run();
   if (outcome.mismatches > 0) {

@@ -83,6 +83,11 @@ void add_model_flags(CLI::App& command, ModelFlags& flags) {
                   "Model directory in the Hugging Face form: config.json, model.safetensors, tokenizer.json")
       ->type_name("DIR")
       ->required();
+  command
+      .add_option("--device", flags.device,
+                  "Where to compute: cpu, cuda, or auto (a GPU where there is one and this build knows it)")
+      ->check(CLI::IsMember({"cpu", "cuda", "auto"}))
+      ->capture_default_str();
   command.add_option("--threads", flags.threads, "Threads that compute (default: every core)")
       ->check(CLI::Range(1, 1024));
   command.add_option("--isa", flags.isa,
@@ -116,6 +121,8 @@ void add_engine_flags(CLI::App& command, EngineFlags& flags) {
       .add_option("--max-horizon", o.max_horizon, "Most tokens that the adaptive horizon drafts before a verification")
       ->check(CLI::Range(1, kMostHorizon))
       ->capture_default_str();
+  command.add_option("--trace", flags.trace,
+                     "Write what the lanes do to this file, for chrome://tracing or ui.perfetto.dev");
   // An empty group hides them: they exist to provoke the races and the damage that the checks are there for.
   command.add_option("--inject-delay-us", o.inject_delay_us)->check(CLI::Range(0, 1000000))->group("");
   command.add_option("--inject-corruption-every", o.inject_corruption_every)->group("");

@@ -8,20 +8,22 @@
 #include <string>
 #include <string_view>
 
+#include "backend/sampling.h"
 #include "engine/options.h"
-#include "speculate/sampling.h"
 
 namespace vericache {
 
 struct ModelFlags {
-  std::string model;  // directory
-  int threads = 0;    // 0 = every core
-  std::string isa;    // empty = the best that the processor has
+  std::string model;            // directory, or "widen:DIR?shape=..."
+  std::string device = "auto";  // cpu, cuda or auto
+  int threads = 0;              // 0 = every core
+  std::string isa;              // empty = the best that the processor has
 };
 
 struct EngineFlags {
   ModelFlags model;
   EngineOptions options;     // all but horizon
+  std::string trace;         // file; empty = none
   size_t device_memory = 0;  // bytes for weights, activations and KV pools; 0 = as much as they need
 };
 

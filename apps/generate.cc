@@ -201,8 +201,10 @@ int generate(const GenerateFlags& flags) {
   EngineOptions options = flags.engine.options;
   options.max_model_len =
       plan_context(session.config(), options, static_cast<int>(request.prompt.size()), flags.max_tokens, "the prompt");
+  const std::unique_ptr<Trace> trace = open_trace(flags.engine.trace);
+  options.trace = trace.get();
   ProgressLine progress;
-  session.load(most_rows(options), options.max_model_len, progress);
+  session.load(most_rows(options), options.max_sequences, options.max_model_len, progress);
 
   interrupt_once();
   Report report;

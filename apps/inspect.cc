@@ -50,12 +50,14 @@ nlohmann::ordered_json describe_model(ModelSession& session, const ModelFlags& f
   const ModelConfig& c = session.config();
   const Checkpoint checkpoint(session.directory());
   const KvShape shape = session.kv_shape();
-  const std::unique_ptr<Kernels> kernels = make_kernels({.isa = flags.isa,
+  const std::unique_ptr<Kernels> kernels = make_kernels({.device = DeviceKind::cpu,
+                                                         .isa = flags.isa,
                                                          .threads = flags.threads,
                                                          .shape = shape,
                                                          .heads = c.heads,
                                                          .max_rows = 1,
-                                                         .max_context_tokens = kPageTokens});
+                                                         .max_context_tokens = kPageTokens,
+                                                         .max_sequences = 1});
   const int context = std::max(kPageTokens, c.max_position / kPageTokens * kPageTokens);
 
   nlohmann::ordered_json compressors;

@@ -5,7 +5,6 @@
 #include <limits>
 #include <memory>
 #include <nlohmann/json.hpp>
-#include <numeric>
 #include <span>
 #include <vector>
 
@@ -55,13 +54,20 @@ class Scorer {
       : session_(session),
         ids_(ids),
         keep_(keep),
-        device_(make_cpu_device(std::numeric_limits<size_t>::max() / 2)),
+        lane_(session.kernels()),
+        device_(make_device(session.device_kind(), std::numeric_limits<size_t>::max() / 2)),
+        host_(device_->make_host_memory(std::numeric_limits<size_t>::max() / 2)),
         sets_(static_cast<int>((ids.size() + kPageTokens - 1) / kPageTokens)),
         pool_(device_->allocate(page_set_bytes(session.kv_shape()) * static_cast<size_t>(sets_), "KV"),
               page_set_bytes(session.kv_shape()), sets_),
-        tail_(session.kv_shape(), pool_, sets_),
-        activations_(session.transformer().make_activations(chunk, kLogitRows, *device_)),
-        held_(static_cast<size_t>(session.config().kv_heads)) {
+        tail_(session.kv_shape(), pool_, sets_, lane_,
+              device_->addressable() ? nullptr
+                                     : device_->allocate(Tail::index_bytes(session.kv_shape(), sets_), "tables")),
+        activations_(session.transformer().make_activations(chunk, kLogitRows, *device_, lane_)),
+        board_(host_->allocate_array<TokenId>(ids.size(), "tokens")),
+        chosen_(host_->allocate_array<TokenId>(kLogitRows, "choices")),
+        logits_(kLogitRows * vocabulary()) {
+    std::copy(ids.begin(), ids.end(), board_);
     if (keep) {
       scored_.logits.resize(ids.size() * vocabulary());
     }
@@ -83,21 +89,37 @@ class Scorer {
 
   void pass(int first, int rows) {
     const Transformer& model = session_.transformer();
-    model.embed(ids_.subspan(static_cast<size_t>(first), static_cast<size_t>(rows)), activations_);
-    std::fill(held_.begin(), held_.end(), first + rows);
+    std::vector<SequenceRows> sequences;
     for (int layer = 0; layer < session_.config().layers; ++layer) {
-      SequenceRows sequence{.first_row = 0, .rows = rows, .position = first, .kv = {}};
+      SequenceRows sequence{.first_row = 0, .rows = rows, .position = first, .tokens = board_, .kv = {}, .queries = {}};
       sequence.kv.tail = tail_.view(layer, 0);
-      sequence.kv.tail.tokens = held_.data();
-      model.layer(layer, rows, {&sequence, 1}, activations_);
+      sequences.push_back(sequence);
+    }
+    PassRows pass{.rows = rows, .layers = session_.config().layers, .sequences = sequences};
+    lane_.stage(pass);
+    model.embed(pass, activations_);
+    for (int layer = 0; layer < pass.layers; ++layer) {
+      model.layer(layer, pass, activations_);
     }
     for (int row = 0; row < rows; row += kLogitRows) {
-      std::vector<int> wanted(static_cast<size_t>(std::min(kLogitRows, rows - row)));
-      std::iota(wanted.begin(), wanted.end(), row);
-      model.logits(wanted, activations_);
-      for (size_t i = 0; i < wanted.size(); ++i) {
-        take_row(first + wanted[i], {activations_.logits + i * vocabulary(), vocabulary()});
-      }
+      take_rows(pass, first, row, std::min(kLogitRows, rows - row));
+    }
+  }
+
+  // Rows [row, row + count) of the pass, whose first stands at `first`.
+  void take_rows(PassRows& pass, int first, int row, int count) {
+    std::vector<LogitRow> wanted;
+    for (int i = 0; i < count; ++i) {
+      wanted.push_back({.row = row + i, .position = first + row + i + 1, .token = chosen_ + i});
+    }
+    pass.logit_rows = wanted;
+    lane_.stage(pass);
+    session_.transformer().logits(pass, activations_);
+    lane_.wait(lane_.mark());
+    device_->read(logits_.data(), reinterpret_cast<const std::byte*>(activations_.logits),
+                  static_cast<size_t>(count) * vocabulary() * sizeof(float));
+    for (int i = 0; i < count; ++i) {
+      take_row(first + row + i, {logits_.data() + static_cast<size_t>(i) * vocabulary(), vocabulary()});
     }
   }
 
@@ -114,12 +136,16 @@ class Scorer {
   ModelSession& session_;
   std::span<const TokenId> ids_;
   bool keep_;
+  Kernels& lane_;
   std::unique_ptr<Device> device_;
+  std::unique_ptr<Device> host_;
   int sets_;
   PagePool pool_;
   Tail tail_;
   Activations activations_;
-  std::vector<int> held_;
+  TokenId* board_;   // (tokens)
+  TokenId* chosen_;  // (kLogitRows): nobody reads them
+  std::vector<float> logits_;
   Scored scored_;
 };
 
@@ -140,7 +166,7 @@ int logits(const LogitsFlags& flags) {
   }
   ProgressLine progress;
   const int chunk = std::min(flags.chunk, count);
-  session.load(chunk, count, progress);
+  session.load(chunk, 1, count, progress);
   Scored scored = Scorer(session, ids, chunk, !flags.out.empty()).run(chunk, progress);
 
   if (!flags.out.empty()) {

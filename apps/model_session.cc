@@ -1,10 +1,11 @@
 #include "model_session.h"
 
 #include <algorithm>
+#include <array>
 #include <limits>
 
-#include "backend/factory.h"
 #include "base/error.h"
+#include "engine/memory_plan.h"
 #include "model/checkpoint.h"
 
 namespace vericache {
@@ -28,8 +29,11 @@ std::filesystem::path model_directory(const std::string& name) {
 }  // namespace
 
 ModelSession::ModelSession(const ModelFlags& flags)
-    : directory_(model_directory(flags.model)),
-      config_(load_config(directory_)),
+    : device_kind_(vericache::device_kind(flags.device)),
+      widened_(parse_widen(flags.model)),
+      directory_(model_directory(widened_ ? widened_->model_dir : flags.model)),
+      trained_(load_config(directory_)),
+      config_(widened_ ? widen_config(trained_, *widened_) : trained_),
       isa_(flags.isa),
       threads_(flags.threads > 0 ? flags.threads : core_count()) {
   require_isa(isa_);
@@ -42,35 +46,62 @@ const Tokenizer& ModelSession::tokenizer() {
   return *tokenizer_;
 }
 
-void ModelSession::load(int max_rows, int max_context, ProgressLine& progress) {
-  kernels_ = make_kernels({.isa = isa_,
+void ModelSession::load(int max_rows, int max_sequences, int max_context, ProgressLine& progress) {
+  kernels_ = make_kernels({.device = device_kind_,
+                           .isa = isa_,
                            .threads = threads_,
                            .shape = kv_shape(),
                            .heads = config_.heads,
                            .max_rows = max_rows,
-                           .max_context_tokens = max_context});
-  device_ = make_cpu_device(kUnlimited);
+                           .max_context_tokens = max_context,
+                           .max_sequences = max_sequences});
+  device_ = make_device(device_kind_, kUnlimited);
   const Checkpoint checkpoint(directory_);
-  weights_ = load_weights(checkpoint, config_, *kernels_, *device_, max_context,
-                          [&](size_t done, size_t total) { progress.show("loading", done, total); });
+  const auto show = [&](size_t done, size_t total) { progress.show("loading", done, total); };
+  weights_ = widened_ ? load_widened(checkpoint, trained_, config_, *kernels_, *device_, max_context, show)
+                      : load_weights(checkpoint, config_, *kernels_, *device_, max_context, show);
+  const LayerWeights& layer = weights_.layers.front();
+  kernels_->tune(std::array{layer.qkv, layer.output, layer.gate_up, layer.down, weights_.head});
   progress.clear();
   transformer_ = std::make_unique<Transformer>(config_, weights_, *kernels_);
 }
 
+namespace {
+
+// A device for an engine's pools: what the budget leaves beside the weights and the kernels' own memory.
+std::unique_ptr<Device> pool_device(ModelSession& session, size_t device_memory) {
+  const size_t taken = session.weight_bytes() + session.kernels().device_bytes();
+  if (device_memory != 0 && device_memory <= taken) {
+    throw Error("--device-memory {} is less than the weights alone take, with the kernels' scratch ({}): raise it",
+                bytes_text(static_cast<double>(device_memory)), bytes_text(static_cast<double>(taken)));
+  }
+  return make_device(session.device_kind(), device_memory == 0 ? kUnlimited : device_memory - taken);
+}
+
+}  // namespace
+
+std::unique_ptr<Trace> open_trace(const std::string& path) {
+  return path.empty() ? nullptr : std::make_unique<Trace>(path);
+}
+
 OpenEngine open_engine(ModelSession& session, const EngineOptions& options, size_t device_memory,
                        const std::string& compressor, int horizon) {
-  if (device_memory != 0 && device_memory <= session.weight_bytes()) {
-    throw Error("--device-memory {} is less than the weights alone take ({}): raise it",
-                bytes_text(static_cast<double>(device_memory)),
-                bytes_text(static_cast<double>(session.weight_bytes())));
-  }
   EngineOptions engine_options = options;
   engine_options.horizon = horizon;
   std::unique_ptr<Compressor> chosen = horizon == 0 ? nullptr : make_compressor(compressor);
   OpenEngine open;
-  open.device = make_cpu_device(device_memory == 0 ? kUnlimited : device_memory - session.weight_bytes());
+  open.device = pool_device(session, device_memory);
   open.engine = std::make_unique<Engine>(session.transformer(), *open.device, std::move(chosen), engine_options);
   return open;
+}
+
+int engine_capacity(ModelSession& session, const EngineOptions& options, size_t device_memory,
+                    const std::string& compressor, int horizon, int most) {
+  EngineOptions engine_options = options;
+  engine_options.horizon = horizon;
+  const std::unique_ptr<Compressor> chosen = horizon == 0 ? nullptr : make_compressor(compressor);
+  return sequences_that_fit(session.transformer(), chosen.get(), engine_options, *pool_device(session, device_memory),
+                            most);
 }
 
 int plan_context(const ModelConfig& config, const EngineOptions& options, int prompt_tokens, int max_tokens,

@@ -8,11 +8,14 @@
 #include <string>
 
 #include "backend/device.h"
+#include "backend/factory.h"
+#include "base/trace.h"
 #include "engine/engine.h"
 #include "flags.h"
 #include "model/config.h"
 #include "model/transformer.h"
 #include "model/weights.h"
+#include "model/widen.h"
 #include "terminal.h"
 #include "text/tokenizer.h"
 
@@ -25,14 +28,18 @@ class ModelSession {
   ModelSession(const ModelSession&) = delete;
   ModelSession& operator=(const ModelSession&) = delete;
 
+  DeviceKind device_kind() const { return device_kind_; }
+  // The shape that the model is widened to, as it was asked for: every figure measured with it says so. Empty: it is
+  // not.
+  std::string widened_shape() const { return widened_ ? widened_->shape : ""; }
   const std::filesystem::path& directory() const { return directory_; }
   const ModelConfig& config() const { return config_; }
   KvShape kv_shape() const { return {config_.layers, config_.kv_heads, config_.head_dim}; }
   const Tokenizer& tokenizer();  // read at the first call
 
-  // Kernels for passes of max_rows rows and contexts of max_context tokens, then the weights. Once, before what
-  // follows.
-  void load(int max_rows, int max_context, ProgressLine& progress);
+  // Kernels for passes of max_rows rows and max_sequences sequences and contexts of max_context tokens, then the
+  // weights. Once, before what follows.
+  void load(int max_rows, int max_sequences, int max_context, ProgressLine& progress);
   Kernels& kernels() { return *kernels_; }
   const Transformer& transformer() const { return *transformer_; }
   const Weights& weights() const { return weights_; }
@@ -40,7 +47,10 @@ class ModelSession {
   int threads() const { return threads_; }
 
  private:
+  DeviceKind device_kind_;
+  std::optional<WidenSpec> widened_;
   std::filesystem::path directory_;
+  ModelConfig trained_;
   ModelConfig config_;
   std::string isa_;
   int threads_;
@@ -50,6 +60,9 @@ class ModelSession {
   Weights weights_;
   std::unique_ptr<Transformer> transformer_;
 };
+
+// What the lanes do goes to this file; null for an empty path.
+std::unique_ptr<Trace> open_trace(const std::string& path);
 
 // An engine and the device that its pools live in.
 struct OpenEngine {
@@ -62,6 +75,10 @@ struct OpenEngine {
 // `device_memory` is for the weights too; 0 = unlimited.
 OpenEngine open_engine(ModelSession& session, const EngineOptions& options, size_t device_memory,
                        const std::string& compressor, int horizon);
+
+// Sequences of options.max_model_len tokens that such an engine can have in flight, `most` at most.
+int engine_capacity(ModelSession& session, const EngineOptions& options, size_t device_memory,
+                    const std::string& compressor, int horizon, int most);
 
 // The context that the work needs: options.max_model_len where it is given, else prompt and output, at most the
 // model's. Error if the prompt does not fit.
