@@ -138,8 +138,9 @@ void attention(benchmark::State& state) {
   for (auto _ : state) {
     const KvView past_view{format, layers[turn++ % layers.size()].data(), pages, tokens.data()};
     const KvView tail_view{{}, tail.data(), tail_pages, nullptr};
-    const SequenceRows sequence{0, rows, context, {past_view, tail_view, context}};
-    kernels->attention({kShape, kHeads, 0.125f, q.data(), {&sequence, 1}, out.data(), nullptr});
+    const SequenceRows sequence{0, rows, context, nullptr, {past_view, tail_view, context}};
+    const PassRows pass{.rows = rows, .layers = 1, .sequences = {&sequence, 1}};
+    kernels->attention({kShape, kHeads, 0.125f, q.data(), &pass, 0, out.data(), nullptr});
   }
   const double attended = static_cast<double>(context) + 0.5 * rows;
   state.counters["GFLOP/s"] =

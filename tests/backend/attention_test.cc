@@ -113,8 +113,10 @@ void check_case(Isa isa, const Case& c, Random& random) {
   const int width = padded_dim(c.heads * c.shape.head_dim);
   std::vector<bf16> out(at(c.rows, width), bf16{0x7fc0});
   std::vector<float> lse(at(c.rows, c.heads));
-  const SequenceRows rows{0, c.rows, c.position, s.kv(c.tail_position)};
-  kernels->attention({c.shape, c.heads, scale, q.data(), {&rows, 1}, out.data(), lse.data()});
+  const SequenceRows rows{0, c.rows, c.position, nullptr, s.kv(c.tail_position)};
+  const PassRows pass = one_layer({&rows, 1});
+  kernels->stage(pass);
+  kernels->attention({c.shape, c.heads, scale, q.data(), &pass, 0, out.data(), lse.data()});
   for (int r = 0; r < c.rows; r += std::max(1, c.rows / 5)) {
     for (int h = 0; h < c.heads; ++h) {
       const Expected e = reference(c, s, q.data() + at(r * c.heads + h, c.shape.key_dim()), h, c.position + r, scale);
@@ -179,14 +181,20 @@ TEST_P(AttentionOp, MassMatchesFloat64AndAddsUp) {
   const auto q = random.bf16s(at(c.rows * c.heads, c.shape.key_dim()));
   std::vector<bf16> out(at(c.rows, padded_dim(c.heads * c.shape.head_dim)));
   std::vector<float> lse(at(c.rows, c.heads));
-  const SequenceRows rows{0, c.rows, c.position, s.kv(c.tail_position)};
-  kernels->attention({c.shape, c.heads, scale, q.data(), {&rows, 1}, out.data(), lse.data()});
+  const int skipped = 10;  // the last rows alone vote, as in SnapKV: the ring forgets the others
+  std::vector<bf16> ring_q(at(c.rows - skipped, c.heads * c.shape.key_dim()));
+  std::vector<float> ring_lse(at(c.rows - skipped, c.heads));
+  const QueryRing ring{ring_q.data(), ring_lse.data(), c.rows - skipped};
+  const SequenceRows rows{0, c.rows, c.position, nullptr, s.kv(c.tail_position), ring};
+  const PassRows pass = one_layer({&rows, 1});
+  kernels->stage(pass);
+  kernels->attention({c.shape, c.heads, scale, q.data(), &pass, 0, out.data(), lse.data()});
+  kernels->keep_queries(q.data(), lse.data(), c.heads, c.shape, pass, 0);
   const int tokens = c.position + c.rows;
-  const int skipped = 10;  // the last rows alone vote, as in SnapKV
-  std::vector<float> mass(at(c.shape.kv_heads, tokens), 1.0f);
-  const SequenceRows voters{skipped, c.rows - skipped, c.position + skipped, rows.kv};
-  kernels->attention_mass({c.shape, c.heads, scale, q.data(), lse.data(), voters, tokens, mass.data()});
-  std::vector<double> expected(mass.size(), 1.0);
+  std::vector<float> mass(at(c.shape.kv_heads, tokens), std::nanf(""));
+  kernels->attention_mass(
+      {c.shape, c.heads, scale, ring, c.rows - skipped, c.position + skipped, rows.kv, tokens, mass.data()});
+  std::vector<double> expected(mass.size(), 0.0);
   for (int r = skipped; r < c.rows; ++r) {
     for (int h = 0; h < c.heads; ++h) {
       const Expected e = reference(c, s, q.data() + at(r * c.heads + h, c.shape.key_dim()), h, c.position + r, scale);
@@ -198,7 +206,7 @@ TEST_P(AttentionOp, MassMatchesFloat64AndAddsUp) {
   double total = 0;
   for (size_t i = 0; i < mass.size(); ++i) {
     ASSERT_NEAR(mass[i], expected[i], 0.01 * expected[i]);
-    total += mass[i] - 1.0;
+    total += mass[i];
   }
   EXPECT_NEAR(total, (c.rows - skipped) * c.heads, 0.5);
 }

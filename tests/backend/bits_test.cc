@@ -114,7 +114,8 @@ void pass(Kernels& kernels, const Layer& layer, const std::vector<Input>& inputs
   std::vector<float> x;
   for (const Take& take : takes) {
     Store& store = stores[static_cast<size_t>(take.sequence)];
-    sequences.push_back({static_cast<int>(x.size()) / layer.hidden, take.rows, store.done, store.kv(take.past_pages)});
+    sequences.push_back(
+        {static_cast<int>(x.size()) / layer.hidden, take.rows, store.done, nullptr, store.kv(take.past_pages)});
     const float* from = inputs[static_cast<size_t>(take.sequence)].x.data() + at(store.done, layer.hidden);
     x.insert(x.end(), from, from + at(take.rows, layer.hidden));
   }
@@ -129,12 +130,14 @@ void pass(Kernels& kernels, const Layer& layer, const std::vector<Input>& inputs
   std::vector<bf16> activated(at(rows, padded_dim(layer.up)));
   kernels.rms_norm(x.data(), layer.norm.data(), 1e-5f, rows, layer.hidden, normed.data());
   kernels.matmul(layer.qkv.matrix, normed.data(), rows, qkv.data(), Epilogue::store);
-  QkvArgs args{.shape = layer.shape, .heads = layer.heads, .rows = rows, .qkv = qkv.data()};
+  QkvArgs args{.shape = layer.shape, .heads = layer.heads, .qkv = qkv.data()};
   args.rope = {layer.cos.data(), layer.sin.data(), static_cast<int>(layer.cos.size()) / (layer.shape.head_dim / 2)};
-  args.sequences = sequences;
+  const PassRows staged = one_layer(sequences);
+  kernels.stage(staged);
+  args.pass = &staged;
   args.q = q.data();
   kernels.store_qkv(args);
-  kernels.attention({layer.shape, layer.heads, layer.scale, q.data(), sequences, attended.data(), lse.data()});
+  kernels.attention({layer.shape, layer.heads, layer.scale, q.data(), &staged, 0, attended.data(), lse.data()});
   kernels.matmul(layer.out.matrix, attended.data(), rows, x.data(), Epilogue::add);
   kernels.rms_norm(x.data(), layer.norm.data(), 1e-5f, rows, layer.hidden, normed.data());
   kernels.matmul(layer.gate_up.matrix, normed.data(), rows, gate_up.data(), Epilogue::store);
@@ -305,11 +308,15 @@ TEST_P(Bits, DraftRowsDoNotDependOnTheirCompany) {
     std::vector<bf16> together(at(rows, width));
     const int position = 64 * past_pages + random.below(64);
     for (int r = 0; r < rows; ++r) {
-      const SequenceRows row{r, 1, position + r, kv};
-      one->attention({shape, heads, 0.125f, q.data(), {&row, 1}, alone.data(), nullptr});
+      const SequenceRows row{r, 1, position + r, nullptr, kv};
+      const PassRows pass = one_layer({&row, 1});
+      one->stage(pass);
+      one->attention({shape, heads, 0.125f, q.data(), &pass, 0, alone.data(), nullptr});
     }
-    const SequenceRows all{0, rows, position, kv};
-    many->attention({shape, heads, 0.125f, q.data(), {&all, 1}, together.data(), nullptr});
+    const SequenceRows all{0, rows, position, nullptr, kv};
+    const PassRows pass = one_layer({&all, 1});
+    many->stage(pass);
+    many->attention({shape, heads, 0.125f, q.data(), &pass, 0, together.data(), nullptr});
     ASSERT_EQ(differing(alone, together), 0) << "case " << i;
   }
 }

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <memory>
 #include <random>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -133,6 +134,15 @@ class Pages {
   std::vector<std::byte> arena_;
   std::vector<std::byte*> pointers_;
 };
+
+// One layer of a pass over the rows of these sequences.
+inline PassRows one_layer(std::span<const SequenceRows> sequences, std::span<const LogitRow> logit_rows = {}) {
+  PassRows pass{.rows = 0, .layers = 1, .draft = false, .sequences = sequences, .logit_rows = logit_rows};
+  for (const SequenceRows& sequence : sequences) {
+    pass.rows = std::max(pass.rows, sequence.first_row + sequence.rows);
+  }
+  return pass;
+}
 
 inline std::string isa_test_name(const auto& info) {
   return std::string(isa_name(info.param));

@@ -68,7 +68,15 @@ TEST_P(Ops, EmbedReadsRowsOfThePackedMatrix) {
     tokens.push_back(i < 101 ? i : random.below(vocabulary));
   }
   std::vector<float> out(at(300, dim));
-  kernels->embed(packed.matrix, tokens, out.data());
+  // Two sequences: tokens [0, 120) from position 0 on, the rest from position 57 on.
+  std::vector<TokenId> first(tokens.begin(), tokens.begin() + 120);
+  std::vector<TokenId> second(57, -1);
+  second.insert(second.end(), tokens.begin() + 120, tokens.end());
+  const SequenceRows sequences[] = {{.first_row = 120, .rows = 180, .position = 57, .tokens = second.data()},
+                                    {.first_row = 0, .rows = 120, .position = 0, .tokens = first.data()}};
+  const PassRows pass = one_layer(sequences);
+  kernels->stage(pass);
+  kernels->embed(packed.matrix, pass, out.data());
   for (int r = 0; r < 300; ++r) {
     for (int i = 0; i < dim; ++i) {
       ASSERT_EQ(out[at(r, dim, i)], to_float(weight[at(tokens[static_cast<size_t>(r)], dim, i)]));
@@ -186,15 +194,18 @@ void check_store_qkv(Isa isa, const QkvCase& c, Random& random) {
   const auto sin = random.floats(at(400, c.head_dim / 2));
   Pages first(shape, {}, 4, random);
   Pages second(shape, {}, 4, random);
-  const SequenceRows sequences[] = {{0, 70, 100, {{}, first.view(), 64}}, {70, 5, 261, {{}, second.view(), 128}}};
+  const SequenceRows sequences[] = {{0, 70, 100, nullptr, {{}, first.view(), 64}},
+                                    {70, 5, 261, nullptr, {{}, second.view(), 128}}};
+  const PassRows pass = one_layer(sequences);
+  kernels->stage(pass);
   std::vector<bf16> q(at(rows * heads, shape.key_dim()), bf16{0x7fc0});
-  QkvArgs args{.shape = shape, .heads = heads, .rows = rows, .qkv = qkv.data()};
+  QkvArgs args{.shape = shape, .heads = heads, .qkv = qkv.data()};
   args.bias = c.bias ? bias.data() : nullptr;
   args.q_norm = c.norm ? q_norm.data() : nullptr;
   args.k_norm = c.norm ? k_norm.data() : nullptr;
   args.norm_eps = 1e-6f;
   args.rope = {cos.data(), sin.data(), 400};
-  args.sequences = sequences;
+  args.pass = &pass;
   args.q = q.data();
   kernels->store_qkv(args);
   for (int r = 0; r < rows; ++r) {

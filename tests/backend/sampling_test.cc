@@ -1,4 +1,4 @@
-#include "speculate/sampling.h"
+#include "backend/sampling.h"
 
 #include <gtest/gtest.h>
 #include <rapidcheck.h>
@@ -12,8 +12,8 @@
 #include <string>
 #include <vector>
 
+#include "backend/philox.h"
 #include "base/error.h"
-#include "speculate/philox.h"
 
 namespace vericache {
 namespace {

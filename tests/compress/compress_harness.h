@@ -6,6 +6,7 @@
 #include <cmath>
 #include <memory>
 #include <random>
+#include <string_view>
 #include <vector>
 
 #include "backend/cpu/cpu_kernels.h"
@@ -56,10 +57,13 @@ class RandomLayer {
     return to_float(values(head, token)[key_index(token % kPageTokens, d, shape_)]);
   }
 
-  // Queries at consecutive positions with the softmax denominators of all the tokens before and at each.
+  // Queries at consecutive positions with the softmax denominators of all the tokens before and at each, in a ring that
+  // has room for a few more.
   Attended queries(int rows, int position) {
-    q_.resize(static_cast<size_t>(rows * heads_ * shape_.key_dim()));
-    log_sum_exp_.resize(static_cast<size_t>(rows * heads_));
+    position_ = position;
+    capacity_ = rows + static_cast<int>(random_() % 4);
+    q_.assign(static_cast<size_t>(capacity_ * heads_ * shape_.key_dim()), to_bf16(NAN));
+    log_sum_exp_.assign(static_cast<size_t>(capacity_ * heads_), NAN);
     for (int row = 0; row < rows; ++row) {
       for (int head = 0; head < heads_; ++head) {
         for (int d = 0; d < shape_.key_dim(); ++d) {
@@ -69,13 +73,12 @@ class RandomLayer {
         for (int token = 0; token <= position + row; ++token) {
           sum += std::exp(score(row, head, token));
         }
-        log_sum_exp_[static_cast<size_t>(row * heads_ + head)] = static_cast<float>(std::log(sum));
+        log_sum_exp_[row_index(row, head)] = static_cast<float>(std::log(sum));
       }
     }
     return {.heads = heads_,
             .scale = scale(),
-            .q = q_.data(),
-            .log_sum_exp = log_sum_exp_.data(),
+            .queries = {q_.data(), log_sum_exp_.data(), capacity_},
             .rows = rows,
             .position = position};
   }
@@ -89,9 +92,18 @@ class RandomLayer {
   }
   // What attention of query `row` (at `position` + row) gives `token`.
   double weight(int row, int head, int token, int position) const {
-    return token > position + row
-               ? 0
-               : std::exp(score(row, head, token) - log_sum_exp_[static_cast<size_t>(row * heads_ + head)]);
+    return token > position + row ? 0 : std::exp(score(row, head, token) - log_sum_exp_[row_index(row, head)]);
+  }
+
+  // As much as it asks for, of bytes that are no numbers.
+  void lend_scratch(Compressor& compressor) {
+    scratch_.assign(compressor.scratch_bytes(kMostTokens, shape_), std::byte{0xff});
+    compressor.set_scratch(scratch_.data());
+  }
+  std::unique_ptr<Compressor> compressor(std::string_view spec) {
+    std::unique_ptr<Compressor> made = make_compressor(spec);
+    lend_scratch(*made);
+    return made;
   }
 
   Kernels& kernels() { return *kernels_; }
@@ -104,8 +116,11 @@ class RandomLayer {
   const bf16* values(int head, int token) const {
     return reinterpret_cast<const bf16*>(head_page(head, token / kPageTokens));
   }
+  size_t row_index(int row, int head) const {
+    return static_cast<size_t>((position_ + row) % capacity_ * heads_ + head);
+  }
   size_t query_index(int row, int head, int d) const {
-    return static_cast<size_t>((row * heads_ + head) * shape_.key_dim() + d);
+    return row_index(row, head) * static_cast<size_t>(shape_.key_dim()) + static_cast<size_t>(d);
   }
   void zero_key_padding() {
     for (std::byte* page : table_) {
@@ -126,8 +141,11 @@ class RandomLayer {
   std::unique_ptr<Kernels> kernels_;
   std::vector<std::byte*> table_;  // (kv_heads, pages)
   std::vector<int> past_;
+  int position_ = 0;
+  int capacity_ = 1;
   std::vector<bf16> q_;
   std::vector<float> log_sum_exp_;
+  std::vector<std::byte> scratch_;
 };
 
 }  // namespace vericache::test

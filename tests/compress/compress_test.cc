@@ -22,10 +22,21 @@ constexpr int kHeads = 6;
 
 struct Resident {
   OwnedPool pool;
+  OwnedPool index;
   ResidentLayer layer;
   explicit Resident(const KvFormat& format, const KvShape& shape = kShape, int pages = kMostTokens / kPageTokens)
-      : pool(head_page_bytes(format, shape), pages * shape.kv_heads), layer(shape, format, pool.pool, pages) {}
+      : Resident(format, shape, pages, pages * shape.kv_heads) {}
+  Resident(const KvFormat& format, const KvShape& shape, int pages, int pool_pages)
+      : pool(head_page_bytes(format, shape), pool_pages),
+        index(ResidentIndex::bytes(shape, pages, kMostTokens, false), 1),
+        layer(shape, format, pool.pool, {index.pool.take(), pages, kMostTokens, false}, 0) {}
 };
+
+// The tokens that a head keeps, as the device has them.
+std::vector<int> kept_of(const ResidentLayer& layer, int head) {
+  const int* chosen = layer.chosen() + static_cast<ptrdiff_t>(head) * layer.chosen_stride();
+  return {chosen, chosen + layer.tokens(head)};
+}
 
 std::vector<bf16> decoded(Kernels& kernels, const ResidentLayer& layer, int head, int page) {
   std::vector<bf16> out(head_page_bytes(KvFormat{}, layer.shape()) / sizeof(bf16));
@@ -130,9 +141,9 @@ class GivenScores final : public ScoringCompressor {
   std::vector<float> given;  // (kv_heads, tokens)
 
  private:
-  void score(Kernels&, const FullLayer&, int tokens, const Attended&, std::span<float> scores) override {
-    ASSERT_EQ(scores.size(), static_cast<size_t>(kShape.kv_heads * tokens));
-    std::copy(given.begin(), given.end(), scores.begin());
+  void score(Kernels&, const FullLayer&, int tokens, const Attended&, float* scores) override {
+    ASSERT_EQ(given.size(), static_cast<size_t>(kShape.kv_heads * tokens));
+    std::copy(given.begin(), given.end(), scores);
   }
   Budget budget_;
 };
@@ -151,7 +162,7 @@ std::vector<int> best_by_hand(const float* scores, int tokens, int count) {
 }
 
 void expect_kept_bits(const RandomLayer& full, const ResidentLayer& layer, int head) {
-  const std::span<const int> positions = layer.positions(head);
+  const std::vector<int> positions = kept_of(layer, head);
   for (size_t i = 0; i < positions.size(); ++i) {
     std::vector<std::byte> expected(head_page_bytes(KvFormat{}, kShape));
     std::vector<std::byte> actual(expected.size());
@@ -183,13 +194,13 @@ TEST(ScoringCompressor, KeepsExactlyTheBestOfEveryHead) {
                                    : draw == 2 ? -INFINITY
                                                : static_cast<float>(draw / 4));
       }
+      full.lend_scratch(compressor);
       ASSERT_TRUE(compressor.compress(full.kernels(), full.layer(tokens / 128 * 64), {0, tokens}, {}, resident.layer));
       const int count = budget.tokens_of(tokens);
       ASSERT_LE(static_cast<size_t>(resident.layer.pages()) * head_page_bytes(format, kShape),
                 compressor.resident_bytes(tokens, kShape));
       for (int head = 0; head < kShape.kv_heads; ++head) {
-        const std::span<const int> kept = std::as_const(resident.layer).positions(head);
-        ASSERT_EQ(std::vector<int>(kept.begin(), kept.end()),
+        ASSERT_EQ(kept_of(resident.layer, head),
                   best_by_hand(compressor.given.data() + static_cast<ptrdiff_t>(head * tokens), tokens, count));
         ASSERT_EQ(resident.layer.tokens(head), count);
         if (!quantized) {
@@ -212,7 +223,9 @@ TEST(ScoringCompressor, QuantizesWhatItKeeps) {
   quantized.given = exact.given;
   Resident kept({});
   Resident codes({8, 8});
+  full.lend_scratch(exact);
   ASSERT_TRUE(exact.compress(full.kernels(), full.layer(320), {0, 640}, {}, kept.layer));
+  full.lend_scratch(quantized);
   ASSERT_TRUE(quantized.compress(full.kernels(), full.layer(320), {0, 640}, {}, codes.layer));
   for (int head = 0; head < kShape.kv_heads; ++head) {
     for (int i = 0; i < 100; ++i) {
@@ -228,14 +241,12 @@ TEST(ScoringCompressor, QuantizesWhatItKeeps) {
 
 TEST(ScoringCompressor, AnEmptyPoolIsSaid) {
   RandomLayer full(kShape, kHeads, 5);
-  OwnedPool small(head_page_bytes(KvFormat{}, kShape), 3);
-  {
-    ResidentLayer layer(kShape, {}, small.pool, 10);
-    EXPECT_FALSE(
-        make_compressor("streaming-llm:window=128")->compress(full.kernels(), full.layer(0), {0, 640}, {}, layer));
-    EXPECT_FALSE(make_compressor("none")->compress(full.kernels(), full.layer(0), {0, 640}, {}, layer));
-  }
-  EXPECT_EQ(small.pool.used(), 0);
+  Resident small({}, kShape, 10, 3);
+  EXPECT_FALSE(
+      make_compressor("streaming-llm:window=128")->compress(full.kernels(), full.layer(0), {0, 640}, {}, small.layer));
+  EXPECT_FALSE(make_compressor("none")->compress(full.kernels(), full.layer(0), {0, 640}, {}, small.layer));
+  small.layer.clear();
+  EXPECT_EQ(small.pool.pool.used(), 0);
 }
 
 TEST(StreamingLlm, KeepsSinksAndTheLast) {
@@ -256,8 +267,7 @@ TEST(StreamingLlm, KeepsSinksAndTheLast) {
           expected.push_back(token);
         }
       }
-      const std::span<const int> kept = std::as_const(resident.layer).positions(head);
-      EXPECT_EQ(std::vector<int>(kept.begin(), kept.end()), expected) << spec;
+      EXPECT_EQ(kept_of(resident.layer, head), expected) << spec;
       expect_kept_bits(full, resident.layer, head);
     }
   }
@@ -289,13 +299,13 @@ void expect_snapkv_choice(RandomLayer& full, const Attended& seen, int past, int
   Resident resident({});
   const std::string spec = "snapkv:budget=" + std::to_string(budget) + ",window=" + std::to_string(window) +
                            ",kernel=" + std::to_string(kernel);
-  const auto snapkv = make_compressor(spec);
+  const auto snapkv = full.compressor(spec);
   ASSERT_TRUE(snapkv->compress(full.kernels(), full.layer(past), {0, tokens}, seen, resident.layer));
   const int count = snapkv->kept_tokens(tokens);
   ASSERT_EQ(count, std::min(tokens, std::max({budget, window, kPageTokens})));
   for (int head = 0; head < kShape.kv_heads; ++head) {
     const std::vector<double> score = pooled_mass(full, seen, head, tokens, kernel);
-    const std::span<const int> kept = std::as_const(resident.layer).positions(head);
+    const std::vector<int> kept = kept_of(resident.layer, head);
     ASSERT_EQ(static_cast<int>(kept.size()), count);
     const std::set<int> chosen(kept.begin(), kept.end());
     double worst_kept = INFINITY;
@@ -342,7 +352,7 @@ TEST(Compressor, ResidentBytesBoundWhatIsTaken) {
   for (const char* spec : {"none", "kivi:bits=2", "kivi:k=8,v=4", "streaming-llm:window=0.3",
                            "streaming-llm:sinks=3,window=70+kivi:bits=8", "snapkv:budget=0.3",
                            "snapkv:budget=130,window=8+kivi:k=16,v=2"}) {
-    const auto compressor = make_compressor(spec);
+    const auto compressor = full.compressor(spec);
     Resident resident(compressor->format());
     int end = 0;
     while (end < kMostTokens) {
@@ -366,11 +376,12 @@ TEST(Compressor, WireBytesAreWhatTheWireCounts) {
   RandomLayer full(kShape, kHeads, 13);
   for (const char* spec : {"streaming-llm:window=0.3", "streaming-llm:sinks=0,window=0", "snapkv:budget=0.3",
                            "snapkv:budget=1000", "snapkv:budget=0.3+kivi:bits=4", "kivi:bits=4"}) {
-    const auto compressor = make_compressor(spec);
+    const auto compressor = full.compressor(spec);
     for (const int tokens : {64, 320, 640}) {
       const int pages = tokens / kPageTokens;
       OwnedPool extents(extent_bytes(kShape), kShape.layers);
-      FullKv stored(kShape, extents.pool, pages);
+      OwnedPool checksums(FullKv::checksum_bytes(kShape, pages), 1);
+      FullKv stored(kShape, extents.pool, checksums.pool, pages);
       for (int page = 0; page < pages; ++page) {
         for (int head = 0; head < kShape.kv_heads; ++head) {
           const size_t head_bytes = head_page_bytes(KvFormat{}, kShape);
@@ -380,14 +391,15 @@ TEST(Compressor, WireBytesAreWhatTheWireCounts) {
         stored.checksum(0, page) = hash_bytes(stored.page(0, page), page_bytes(kShape));
       }
       OwnedPool resident_pages(head_page_bytes(compressor->format(), kShape), pages * kShape.kv_heads);
-      ResidentKv resident(kShape, compressor->format(), resident_pages.pool, compressor->kept_tokens(tokens));
+      OwnedPool index(ResidentIndex::bytes(kShape, pages, tokens, false), 1);
+      ResidentKv resident(kShape, compressor->format(), resident_pages.pool, {index.pool.take(), pages, tokens, false});
       ASSERT_TRUE(compressor->compress(full.kernels(), full.layer(64), {0, tokens}, full.queries(32, tokens - 32),
                                        resident.layer(0)));
-      std::vector<std::byte> staging(static_cast<size_t>(pages) * page_bytes(kShape));
-      Wire wire(kShape, {.ring_layers = 1, .slot_pages = pages}, staging.data());
+      const auto device = make_cpu_device(Staging::bytes(kShape, 1, pages));
+      const auto wire = make_wire(kShape, {.ring_layers = 1, .slot_pages = pages}, *device, *device, full.kernels());
       const bool exact = compressor->format().exact();
-      const auto fetch = wire.fetch({{.full = &stored, .exact = exact ? &resident : nullptr, .pages = pages}});
-      wire.wait(*fetch, 0);
+      const auto fetch = wire->fetch({{.full = &stored, .exact = exact ? &resident : nullptr, .pages = pages}});
+      wire->wait(*fetch, 0);
       EXPECT_FALSE(fetch->corrupt(0));
       EXPECT_EQ(fetch->bytes(), compressor->wire_bytes(tokens, kShape)) << spec << " at " << tokens;
     }

@@ -2,6 +2,7 @@
 
 #include <random>
 
+#include "engine/least_budget.h"
 #include "model/loaded_model.h"
 
 namespace vericache {
@@ -12,9 +13,10 @@ struct Answer {
   std::optional<FinishReason> finish;
 };
 
-// One model for all tests of the binary: loading is most of a small test's time.
+// One model for all tests of the binary: loading is most of a small test's time. It is never freed: a device's runtime
+// may be gone when statics go.
 LoadedModel& small_model() {
-  static LoadedModel model(bundled_model("vericode-5m"));
+  static LoadedModel& model = *new LoadedModel(bundled_model("vericode-5m"));
   return model;
 }
 
@@ -53,9 +55,9 @@ struct Outcome {
 };
 
 Outcome run(const char* compressor, EngineOptions options, const std::vector<std::vector<TokenId>>& prompts,
-            int max_tokens, float temperature, size_t budget = size_t{1} << 40) {
+            int max_tokens, float temperature, size_t budget = test::kPlenty) {
   LoadedModel& loaded = small_model();
-  std::unique_ptr<Device> device = make_cpu_device(budget);
+  std::unique_ptr<Device> device = test::make_test_device(budget);
   Engine engine(*loaded.model, *device, compressor ? make_compressor(compressor) : nullptr, options);
   Outcome result;
   result.answers.resize(prompts.size());
@@ -95,6 +97,15 @@ EngineOptions full_mode() {
   return options;
 }
 
+// The same cache drafts the same tokens; where drafts have kernels of their own, all but a few that stand on an edge.
+void expect_drafts_stand(const SequenceStats& speculation) {
+  if (test::tested_device() == DeviceKind::cuda) {
+    EXPECT_GE(static_cast<double>(speculation.accepted), 0.98 * static_cast<double>(speculation.drafted));
+  } else {
+    EXPECT_EQ(speculation.accepted, speculation.drafted);
+  }
+}
+
 TEST(Engine, EveryCompressorHorizonAndTemperatureGivesTheFullAnswer) {
   for (const float temperature : {0.0f, 0.9f}) {
     const Outcome reference = run(nullptr, full_mode(), prompts(), 40, temperature);
@@ -111,8 +122,7 @@ TEST(Engine, EveryCompressorHorizonAndTemperatureGivesTheFullAnswer) {
         expect_identical(reference, compressed, std::string(compressor) + " horizon " + std::to_string(horizon));
         EXPECT_GT(compressed.stats.speculation.drafted, 0);
         if (std::string_view(compressor) == "none") {
-          EXPECT_EQ(compressed.stats.speculation.accepted, compressed.stats.speculation.drafted)
-              << "the same cache drafts the same tokens";
+          expect_drafts_stand(compressed.stats.speculation);
         }
       }
     }
@@ -124,7 +134,8 @@ TEST(Engine, StreamingFullKvGivesTheFullAnswer) {
   EngineOptions options = full_mode();
   options.pass_rows = 128;
   options.ring_layers = 2;
-  const Outcome streamed = run(nullptr, options, prompts(), 40, 0.7f, 4'200'000);
+  const size_t budget = test::least_budget(*small_model().model, nullptr, options);
+  const Outcome streamed = run(nullptr, options, prompts(), 40, 0.7f, budget + budget / 50);
   ASSERT_FALSE(streamed.stats.full_on_device);
   EXPECT_GT(streamed.stats.wire_in_bytes, 0u);
   expect_identical(reference, streamed, "streaming");

@@ -9,9 +9,8 @@
 #include <string>
 #include <vector>
 
-#include "base/error.h"
 #include "engine/engine.h"
-#include "engine/memory_plan.h"
+#include "engine/least_budget.h"
 #include "model/loaded_model.h"
 
 namespace vericache::test {
@@ -31,8 +30,9 @@ struct Visitor {
   int leaves_after = -1;  // cancelled from its own progress, once it has so many tokens
 };
 
+// Never freed: a device's runtime may be gone when statics go.
 inline LoadedModel& small_model() {
-  static LoadedModel model(bundled_model("vericode-5m"), 2, best_isa(), kMaxModelLen);
+  static LoadedModel& model = *new LoadedModel(bundled_model("vericode-5m"), {.max_rows = kMaxModelLen});
   return model;
 }
 
@@ -53,7 +53,7 @@ inline std::vector<TokenId> random_prompt(int tokens, std::mt19937_64& random) {
 // Answers to a request in full-KV mode, alone in its engine.
 class Reference {
  public:
-  Reference() : device_(make_cpu_device(size_t{1} << 40)) {
+  Reference() : device_(make_test_device()) {
     EngineOptions options;
     options.horizon = 0;
     options.max_model_len = kMaxModelLen;
@@ -110,21 +110,13 @@ struct TrafficSetup {
   double budget = 0;  // device bytes, in multiples of the least that works; 0 = plenty
 };
 
-// The least device bytes that hold one sequence.
-inline size_t least_budget(const TrafficSetup& setup) {
-  const std::unique_ptr<Compressor> compressor = setup.compressor.empty() ? nullptr : make_compressor(setup.compressor);
-  size_t low = 0;
-  size_t high = size_t{1} << 34;
-  while (low + 1 < high) {
-    const size_t middle = (low + high) / 2;
-    try {
-      plan_memory(*small_model().model, compressor.get(), setup.options, middle);
-      high = middle;
-    } catch (const Error&) {
-      low = middle;
-    }
+// A wire so slow that pages wait for it. Nothing can slow a GPU's link, but its lanes can be held up.
+inline void slow_wire(EngineOptions& options, double gbps, int delay_us) {
+  if (make_test_device()->addressable()) {
+    options.wire_gbps = gbps;
+  } else {
+    options.inject_delay_us = std::max(options.inject_delay_us, delay_us);
   }
-  return high;
 }
 
 inline std::string expect_as_alone(const Visitor& visitor, const Answer& answer) {
@@ -152,12 +144,15 @@ inline std::string expect_as_alone(const Visitor& visitor, const Answer& answer)
 
 // Drives all visitors through one engine; every answer must be the one given alone.
 inline EngineStats run_traffic(const TrafficSetup& setup, const std::vector<Visitor>& visitors) {
-  const size_t budget = setup.budget == 0
-                            ? size_t{1} << 40
-                            : static_cast<size_t>(static_cast<double>(least_budget(setup)) * setup.budget);
-  const std::unique_ptr<Device> device = make_cpu_device(budget);
-  Engine engine(*small_model().model, *device, setup.compressor.empty() ? nullptr : make_compressor(setup.compressor),
-                setup.options);
+  const Transformer& model = *small_model().model;
+  std::unique_ptr<Compressor> compressor = setup.compressor.empty() ? nullptr : make_compressor(setup.compressor);
+  size_t budget = kPlenty;
+  if (setup.budget != 0) {
+    const size_t least = least_budget(model, compressor.get(), setup.options);
+    budget = static_cast<size_t>(static_cast<double>(least) * setup.budget);
+  }
+  const std::unique_ptr<Device> device = make_test_device(budget);
+  Engine engine(model, *device, std::move(compressor), setup.options);
   std::vector<Answer> answers(visitors.size());
   std::map<int, std::vector<size_t>> joining;
   std::multimap<int, SeqId> leaving;

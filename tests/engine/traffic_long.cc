@@ -41,8 +41,11 @@ TrafficSetup random_setup(std::mt19937_64& random) {
     setup.budget = 0;  // nothing to draft from where the full cache does not fit
   }
   o.host_memory = below(3) == 0 ? size_t{24} << 20 : 0;
-  o.wire_gbps = below(3) == 0 ? 0.05 * (1 + below(20)) : 0;
+  const double gbps = below(3) == 0 ? 0.05 * (1 + below(20)) : 0;
   o.inject_delay_us = below(3) == 0 ? below(1000) : 0;
+  if (gbps > 0) {
+    test::slow_wire(o, gbps, 500);
+  }
   o.inject_corruption_every = below(4) == 0 ? static_cast<uint64_t>(250 + below(400)) : 0;
   return setup;
 }

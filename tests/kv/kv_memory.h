@@ -1,4 +1,4 @@
-// What the KV tests share: pools that own their blocks, random bf16 page sets, random choices of tokens.
+// What the KV tests share: pools that own their blocks, a lane, random bf16 page sets, random choices of tokens.
 // Each test owns its own, on its thread.
 #pragma once
 
@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "backend/device.h"
+#include "backend/factory.h"
 #include "kv/host_tier.h"
 #include "kv/page_pool.h"
 #include "kv/tail.h"
@@ -20,6 +21,18 @@ struct OwnedPool {
       : memory(make_cpu_device((block_bytes + 4096) * static_cast<size_t>(count + 1))),
         pool(memory->allocate(block_bytes * static_cast<size_t>(count), "test"), block_bytes, count) {}
 };
+
+// For stores that enqueue what they do: the smallest kernels of a CPU.
+inline std::unique_ptr<Kernels> make_lane() {
+  return make_kernels({.device = DeviceKind::cpu,
+                       .isa = "portable",
+                       .threads = 1,
+                       .shape = {.layers = 1, .kv_heads = 1, .head_dim = 16},
+                       .heads = 1,
+                       .max_rows = 1,
+                       .max_context_tokens = kPageTokens,
+                       .max_sequences = 1});
+}
 
 // The pages of every layer for 64 tokens, as a tail holds them: random finite bf16.
 inline std::vector<std::byte> random_page_set(const KvShape& shape, std::mt19937_64& random) {

@@ -5,13 +5,29 @@
 
 #include "kv/resident.h"
 #include "kv_memory.h"
+#include "simulated_gpu.h"
 
 namespace vericache {
 namespace {
 
+using test::make_lane;
 using test::OwnedPool;
 
 constexpr KvShape kShape{.layers = 3, .kv_heads = 2, .head_dim = 32};
+
+// What a device that cannot read the host's tables finds in memory of its own.
+struct OwnedIndex {
+  OwnedPool memory;
+  ResidentIndex index;
+  OwnedIndex(int max_pages, int chosen_stride, bool mirrored)
+      : memory(ResidentIndex::bytes(kShape, max_pages, chosen_stride, mirrored), 1),
+        index{memory.pool.take(), max_pages, chosen_stride, mirrored} {}
+};
+
+// For tests of one layer on a device that reads the host's tables.
+ResidentLayer make_layer(const KvFormat& format, PagePool& pool, int max_pages) {
+  return ResidentLayer(kShape, format, pool, {.memory = nullptr, .max_pages = max_pages}, 0);
+}
 
 TEST(PagePool, GivesEveryBlockOnceAndThenNull) {
   OwnedPool owned(4096, 5);
@@ -47,6 +63,7 @@ bool is_zero(const std::byte* data, size_t bytes) {
 }
 
 TEST(Tail, GrowsInZeroedSetsAndGivesBackFromTheFront) {
+  const auto lane = make_lane();
   OwnedPool owned(page_set_bytes(kShape), 6);
   // Blocks that were used before hold what their last owner left.
   std::vector<std::byte*> used;
@@ -57,7 +74,7 @@ TEST(Tail, GrowsInZeroedSetsAndGivesBackFromTheFront) {
   for (std::byte* block : used) {
     owned.pool.give(block);
   }
-  Tail tail(kShape, owned.pool, 5);
+  Tail tail(kShape, owned.pool, 5, *lane, nullptr);
   EXPECT_EQ(tail.end(), 0);
   EXPECT_TRUE(tail.grow(0));
   EXPECT_EQ(tail.sets(), 0);
@@ -88,30 +105,71 @@ TEST(Tail, GrowsInZeroedSetsAndGivesBackFromTheFront) {
   EXPECT_EQ(owned.pool.used(), 0);
 }
 
-TEST(Tail, ViewPointsAtEveryHeadPageFromAPositionOn) {
-  OwnedPool owned(page_set_bytes(kShape), 6);
-  Tail tail(kShape, owned.pool, 6);
-  ASSERT_TRUE(tail.grow(6 * 64));
-  tail.release_before(64);
-  for (const int position : {64, 128, 320}) {
-    for (int layer = 0; layer < kShape.layers; ++layer) {
-      const KvView view = tail.view(layer, position);
-      EXPECT_TRUE(view.format.exact());
-      for (int head = 0; head < kShape.kv_heads; ++head) {
-        for (int page = position / 64; page < 6; ++page) {
-          EXPECT_EQ(view.head_page(head, page - position / 64),
-                    tail.set(page) + static_cast<size_t>(layer) * page_bytes(kShape) +
-                        static_cast<size_t>(head) * head_page_bytes(KvFormat{}, kShape));
-        }
+// The pages that attention would read from `position` on, whichever table it reads.
+void expect_pages(const Tail& tail, int position) {
+  for (int layer = 0; layer < kShape.layers; ++layer) {
+    const KvView view = tail.view(layer, position);
+    ASSERT_TRUE(view.format.exact());
+    for (int head = 0; head < kShape.kv_heads; ++head) {
+      for (int page = position / 64; page < tail.end() / 64; ++page) {
+        ASSERT_EQ(view.head_page(head, page - position / 64),
+                  tail.set(page) + static_cast<size_t>(layer) * page_bytes(kShape) +
+                      static_cast<size_t>(head) * head_page_bytes(KvFormat{}, kShape));
       }
     }
   }
 }
 
-TEST(Tail, AnEmptyPoolLeavesItAsFarAsItCame) {
+TEST(Tail, ViewPointsAtEveryHeadPageFromAPositionOn) {
+  const auto lane = make_lane();
+  OwnedPool index(Tail::index_bytes(kShape, 6), 1);
+  std::byte* const table = index.pool.take();
+  for (std::byte* memory : {static_cast<std::byte*>(nullptr), table}) {
+    OwnedPool owned(page_set_bytes(kShape), 6);
+    Tail tail(kShape, owned.pool, 6, *lane, memory);
+    ASSERT_TRUE(tail.grow(6 * 64));
+    expect_pages(tail, 0);
+    tail.release_before(64);
+    for (const int position : {64, 128, 320}) {
+      expect_pages(tail, position);
+      const auto* at = reinterpret_cast<const std::byte*>(tail.view(1, position).head_pages);
+      EXPECT_EQ(at >= table && at < table + index.pool.block_bytes(), memory != nullptr);
+    }
+    ASSERT_TRUE(tail.grow(7 * 64));
+    expect_pages(tail, 64);
+  }
+}
+
+// Sets are cleared, and tables changed, where the lane comes to it: what stands there before may still be in use.
+TEST(Tail, ChangesNothingButOnItsLane) {
+  const auto cpu = make_lane();
+  test::SimulatedGpu gpu(*cpu, 1);
   OwnedPool owned(page_set_bytes(kShape), 3);
-  Tail first(kShape, owned.pool, 8);
-  Tail second(kShape, owned.pool, 8);
+  OwnedPool index(Tail::index_bytes(kShape, 3), 1);
+  std::byte* block = owned.pool.take();
+  std::fill_n(block, owned.pool.block_bytes(), std::byte{0xff});
+  owned.pool.give(block);
+  Tail tail(kShape, owned.pool, 3, gpu.lane(Kernels::Place::draft), index.pool.take());
+  ASSERT_TRUE(tail.grow(64));
+  ASSERT_EQ(tail.set(0), block);
+  EXPECT_EQ(*block, std::byte{0xff});
+  EXPECT_EQ(tail.view(0, 0).head_page(0, 0), nullptr);
+  gpu.finish();
+  EXPECT_TRUE(is_zero(block, owned.pool.block_bytes()));
+  expect_pages(tail, 0);
+  ASSERT_TRUE(tail.grow(192));
+  tail.release_before(64);
+  tail.release_before(128);
+  EXPECT_EQ(tail.view(0, 128).head_page(0, 0), block) << "the table of one set holds until the lane is there";
+  gpu.finish();
+  expect_pages(tail, 128);
+}
+
+TEST(Tail, AnEmptyPoolLeavesItAsFarAsItCame) {
+  const auto lane = make_lane();
+  OwnedPool owned(page_set_bytes(kShape), 3);
+  Tail first(kShape, owned.pool, 8, *lane, nullptr);
+  Tail second(kShape, owned.pool, 8, *lane, nullptr);
   ASSERT_TRUE(first.grow(64));
   EXPECT_FALSE(second.grow(200));
   EXPECT_EQ(second.sets(), 2);
@@ -125,19 +183,22 @@ TEST(Tail, AnEmptyPoolLeavesItAsFarAsItCame) {
   second.clear();
   EXPECT_EQ(owned.pool.used(), 0);
 
-  Tail short_one(kShape, owned.pool, 2);
+  Tail short_one(kShape, owned.pool, 2, *lane, nullptr);
   EXPECT_FALSE(short_one.grow(129)) << "its own limit";
   EXPECT_EQ(short_one.sets(), 2);
 }
 
-// Random growing and releasing of several tails: sets are never shared, the pool is conserved, contents stay.
+// Random growing and releasing of several tails, with tables of the host and of the device: sets are never shared, the
+// pool is conserved, views are right.
 TEST(Tail, RandomTrafficConservesThePool) {
   std::mt19937_64 random(5);
+  const auto lane = make_lane();
   OwnedPool owned(page_set_bytes(kShape), 12);
+  OwnedPool index(Tail::index_bytes(kShape, 6), 2);
   {
     std::vector<std::unique_ptr<Tail>> tails;
     for (int i = 0; i < 4; ++i) {
-      tails.push_back(std::make_unique<Tail>(kShape, owned.pool, 6));
+      tails.push_back(std::make_unique<Tail>(kShape, owned.pool, 6, *lane, i % 2 == 0 ? nullptr : index.pool.take()));
     }
     for (int step = 0; step < 4000; ++step) {
       Tail& tail = *tails[random() % tails.size()];
@@ -152,6 +213,7 @@ TEST(Tail, RandomTrafficConservesThePool) {
       } else {
         tail.clear();
       }
+      expect_pages(tail, tail.position());
       int held = 0;
       std::set<std::byte*> sets;
       for (const auto& each : tails) {
@@ -169,7 +231,7 @@ TEST(Tail, RandomTrafficConservesThePool) {
 TEST(ResidentLayer, HeadsHaveLengthsOfTheirOwn) {
   const KvFormat format{.key_bits = 4, .value_bits = 2};
   OwnedPool owned(head_page_bytes(format, kShape), 10);
-  ResidentLayer layer(kShape, format, owned.pool, 5);
+  ResidentLayer layer = make_layer(format, owned.pool, 5);
   ASSERT_TRUE(layer.resize(0, 130));
   ASSERT_TRUE(layer.resize(1, 64));
   EXPECT_EQ(layer.tokens(0), 130);
@@ -178,8 +240,6 @@ TEST(ResidentLayer, HeadsHaveLengthsOfTheirOwn) {
   EXPECT_EQ(owned.pool.used(), 4);
   const KvView view = layer.view();
   EXPECT_EQ(view.format, format);
-  EXPECT_EQ(view.tokens[0], 130);
-  EXPECT_EQ(view.tokens[1], 64);
   EXPECT_EQ(view.head_page(0, 2), layer.head_page(0, 2));
   EXPECT_EQ(view.head_page(1, 0), layer.head_page(1, 0));
 
@@ -201,7 +261,7 @@ TEST(ResidentLayer, HeadsHaveLengthsOfTheirOwn) {
 
 TEST(ResidentLayer, AnEmptyPoolLeavesNothingLostOrDoubled) {
   OwnedPool owned(head_page_bytes(KvFormat{}, kShape), 4);
-  ResidentLayer layer(kShape, KvFormat{}, owned.pool, 8);
+  ResidentLayer layer = make_layer(KvFormat{}, owned.pool, 8);
   ASSERT_TRUE(layer.resize(0, 10));
   EXPECT_FALSE(layer.resize(0, 400));
   EXPECT_EQ(owned.pool.free(), 0);
@@ -220,15 +280,17 @@ TEST(ResidentLayer, AnEmptyPoolLeavesNothingLostOrDoubled) {
 
 TEST(ResidentLayer, MovesWithItsPages) {
   OwnedPool owned(head_page_bytes(KvFormat{}, kShape), 4);
+  OwnedIndex index(2, 100, false);
   {
-    ResidentLayer from(kShape, KvFormat{}, owned.pool, 2);
+    ResidentLayer from(kShape, KvFormat{}, owned.pool, index.index, 1);
     ASSERT_TRUE(from.resize(1, 100));
-    from.positions(1).assign({1, 2, 3});
+    from.chosen()[100 + 99] = 321;
     std::byte* page = from.head_page(1, 1);
     const ResidentLayer to(std::move(from));
     EXPECT_EQ(to.tokens(1), 100);
     EXPECT_EQ(to.head_page(1, 1), page);
-    EXPECT_EQ(to.positions(1).size(), 3u);
+    EXPECT_EQ(to.chosen()[100 + 99], 321);
+    EXPECT_EQ(to.chosen_stride(), 100);
     EXPECT_EQ(to.view().head_page(1, 1), page);
     EXPECT_EQ(owned.pool.used(), 2);
   }
@@ -239,7 +301,7 @@ TEST(ResidentLayer, RandomResizingConservesThePool) {
   std::mt19937_64 random(11);
   OwnedPool owned(head_page_bytes(KvFormat{}, kShape), 9);
   {
-    ResidentLayer layer(kShape, KvFormat{}, owned.pool, 6);
+    ResidentLayer layer = make_layer(KvFormat{}, owned.pool, 6);
     for (int step = 0; step < 5000; ++step) {
       const int head = static_cast<int>(random() % 2);
       const int tokens = static_cast<int>(random() % 385);
@@ -262,29 +324,120 @@ TEST(ResidentLayer, RandomResizingConservesThePool) {
 
 TEST(ResidentLayerDeathTest, RefusesMoreThanWasReserved) {
   OwnedPool owned(head_page_bytes(KvFormat{}, kShape), 4);
-  ResidentLayer layer(kShape, KvFormat{}, owned.pool, 2);
+  ResidentLayer layer = make_layer(KvFormat{}, owned.pool, 2);
   EXPECT_DEATH(layer.resize(0, 129), "reserved");
   OwnedPool small(head_page_bytes(KvFormat{}, kShape) / 2, 4);
-  EXPECT_DEATH(ResidentLayer(kShape, KvFormat{}, small.pool, 2), "fit the pool");
+  EXPECT_DEATH(make_layer(KvFormat{}, small.pool, 2), "fit the pool");
 }
 
 TEST(ResidentKv, CountsTheBytesOfThePagesThatItHolds) {
   const KvFormat format{.key_bits = 2, .value_bits = 8};
   OwnedPool owned(head_page_bytes(format, kShape), 40);
   {
-    ResidentKv resident(kShape, format, owned.pool, 200);
+    ResidentKv resident(kShape, format, owned.pool, {.memory = nullptr, .max_pages = 4});
     ASSERT_TRUE(resident.layer(0).resize(0, 200));
     ASSERT_TRUE(resident.layer(2).resize(1, 1));
     EXPECT_EQ(resident.bytes(), 5 * head_page_bytes(format, kShape));
     EXPECT_EQ(owned.pool.used(), 5);
-    resident.layer(2).positions(1).push_back(0);
     resident.clear();
     EXPECT_EQ(resident.bytes(), 0u);
-    EXPECT_TRUE(resident.layer(2).positions(1).empty());
+    EXPECT_EQ(resident.layer(0).tokens(0), 0);
     EXPECT_EQ(owned.pool.used(), 0);
     ASSERT_TRUE(resident.layer(1).resize(0, 64));
   }
   EXPECT_EQ(owned.pool.used(), 0);
+}
+
+// Drafts go on while a pass compresses layer after layer: what they see changes for all layers at once.
+TEST(ResidentKv, AttentionSeesTheCountsOfTheLastSettle) {
+  const auto lane = make_lane();
+  for (const bool mirrored : {false, true}) {
+    OwnedPool owned(head_page_bytes(KvFormat{}, kShape), 40);
+    OwnedIndex index(4, 0, mirrored);
+    ResidentKv resident(kShape, KvFormat{}, owned.pool, index.index);
+    const auto expect_counts = [&](int layer, int first, int second) {
+      EXPECT_EQ(resident.layer(layer).view().tokens[0], first);
+      EXPECT_EQ(resident.layer(layer).view().tokens[1], second);
+    };
+    for (int layer = 0; layer < kShape.layers; ++layer) {
+      ASSERT_TRUE(resident.layer(layer).resize(0, 130));
+      ASSERT_TRUE(resident.layer(layer).resize(1, 64 + layer));
+      resident.layer(layer).publish(*lane);
+      EXPECT_EQ(resident.layer(layer).tokens(0), 130);
+      expect_counts(layer, 0, 0);
+    }
+    resident.settle(*lane);
+    for (int layer = 0; layer < kShape.layers; ++layer) {
+      expect_counts(layer, 130, 64 + layer);
+    }
+    ASSERT_TRUE(resident.layer(1).resize(0, 7));
+    ASSERT_TRUE(resident.layer(2).resize(1, 200));
+    expect_counts(0, 130, 64);
+    expect_counts(1, 130, 65);
+    expect_counts(2, 130, 66);
+    resident.settle(*lane);
+    expect_counts(0, 130, 64);
+    expect_counts(1, 7, 65);
+    expect_counts(2, 130, 200);
+    resident.clear();
+    resident.settle(*lane);
+    expect_counts(1, 0, 0);
+  }
+}
+
+// A device that cannot read the host's tables has its own: they follow at publish and settle, on the lanes given.
+TEST(ResidentKv, TablesOfTheDeviceFollowOnTheirLanes) {
+  const auto cpu = make_lane();
+  test::SimulatedGpu gpu(*cpu, 2);
+  Kernels& pass = gpu.lane(Kernels::Place::pass);
+  Kernels& draft = gpu.lane(Kernels::Place::draft);
+  OwnedPool owned(head_page_bytes(KvFormat{}, kShape), 40);
+  OwnedIndex index(4, 30, true);
+  ResidentKv resident(kShape, KvFormat{}, owned.pool, index.index);
+  const auto in_index = [&](const void* at) {
+    const auto* byte = static_cast<const std::byte*>(at);
+    return byte >= index.index.memory && byte < index.index.memory + index.memory.pool.block_bytes();
+  };
+  std::set<const void*> places;  // of tables, counts and choices: none is another's
+  for (int i = 0; i < kShape.layers; ++i) {
+    ResidentLayer& layer = resident.layer(i);
+    const KvView view = layer.view();
+    for (const void* at : {static_cast<const void*>(view.head_pages), static_cast<const void*>(view.tokens),
+                           static_cast<const void*>(layer.chosen())}) {
+      EXPECT_TRUE(in_index(at));
+      EXPECT_TRUE(places.insert(at).second);
+    }
+    EXPECT_EQ(view.page_stride, 4);
+    std::fill_n(layer.chosen(), kShape.kv_heads * layer.chosen_stride(), 1000 + i);
+    ASSERT_TRUE(layer.resize(0, 30));
+    ASSERT_TRUE(layer.resize(1, 70 + i));
+    layer.publish(pass);
+    EXPECT_EQ(view.head_page(1, 1), nullptr) << "the pass has not come to it";
+    pass.wait(pass.mark());
+    for (const auto& [head, page] : {std::pair{0, 0}, {1, 0}, {1, 1}}) {
+      EXPECT_EQ(view.head_page(head, page), layer.head_page(head, page));
+    }
+  }
+  resident.settle(draft);
+  EXPECT_EQ(resident.layer(2).view().tokens[1], 0);
+  gpu.finish();
+  for (int i = 0; i < kShape.layers; ++i) {
+    EXPECT_EQ(resident.layer(i).view().tokens[0], 30);
+    EXPECT_EQ(resident.layer(i).view().tokens[1], 70 + i);
+    const int* chosen = resident.layer(i).chosen();
+    EXPECT_TRUE(std::all_of(chosen, chosen + 2 * 30, [&](int token) { return token == 1000 + i; }));
+  }
+}
+
+TEST(ResidentKv, AnAddressableDeviceNeedsAnIndexForChosenTokensOnly) {
+  EXPECT_EQ(ResidentIndex::bytes(kShape, 4, 0, false), 0u);
+  EXPECT_GE(ResidentIndex::bytes(kShape, 4, 50, false), 3 * 2 * 50 * sizeof(int));
+  OwnedPool owned(head_page_bytes(KvFormat{}, kShape), 4);
+  OwnedIndex index(4, 50, false);
+  ResidentKv resident(kShape, KvFormat{}, owned.pool, index.index);
+  EXPECT_EQ(resident.layer(0).chosen(), reinterpret_cast<int*>(index.index.memory));
+  EXPECT_EQ(resident.layer(2).chosen() - resident.layer(1).chosen(), 2 * 50);
+  EXPECT_EQ(make_layer(KvFormat{}, owned.pool, 4).chosen(), nullptr);
 }
 
 TEST(FullKv, PagesOfALayerLieTogetherInExtentsOfAMebibyteOrMore) {
@@ -297,9 +450,11 @@ TEST(FullKv, PagesOfALayerLieTogetherInExtentsOfAMebibyteOrMore) {
     EXPECT_EQ(extents_for(extent_pages(shape), shape), shape.layers);
     EXPECT_EQ(extents_for(0, shape), 0);
     OwnedPool owned(extent_bytes(shape), extents + 1);
+    OwnedPool checksums(FullKv::checksum_bytes(shape, pages), 2);
     {
-      FullKv full(shape, owned.pool, pages);
+      FullKv full(shape, owned.pool, checksums.pool, pages);
       EXPECT_EQ(owned.pool.used(), extents);
+      EXPECT_EQ(checksums.pool.used(), 1);
       EXPECT_EQ(full.stored(), 0);
       std::set<std::byte*> seen;
       for (int layer = 0; layer < shape.layers; ++layer) {
@@ -314,6 +469,7 @@ TEST(FullKv, PagesOfALayerLieTogetherInExtentsOfAMebibyteOrMore) {
       for (int layer = 0; layer < shape.layers; ++layer) {
         for (int page = 0; page < pages; ++page) {
           EXPECT_EQ(std::as_const(full).checksum(layer, page), static_cast<uint64_t>(layer * 1000 + page));
+          EXPECT_EQ(full.checksums(layer)[page], static_cast<uint64_t>(layer * 1000 + page));
         }
       }
       for (auto at = seen.begin(); std::next(at) != seen.end(); ++at) {
@@ -321,7 +477,61 @@ TEST(FullKv, PagesOfALayerLieTogetherInExtentsOfAMebibyteOrMore) {
       }
     }
     EXPECT_EQ(owned.pool.used(), 0);
+    EXPECT_EQ(checksums.pool.used(), 0);
   }
+}
+
+TEST(FullKvDeathTest, NeedsABlockOfChecksumsThatIsLargeEnough) {
+  OwnedPool owned(extent_bytes(kShape), extents_for(10, kShape));
+  OwnedPool small(FullKv::checksum_bytes(kShape, 9), 1);
+  EXPECT_DEATH(FullKv(kShape, owned.pool, small.pool, 10), "checksums");
+  OwnedPool none(FullKv::checksum_bytes(kShape, 10), 1);
+  none.pool.take();
+  EXPECT_DEATH(FullKv(kShape, owned.pool, none.pool, 10), "checksums");
+}
+
+// Host memory whose first bytes alone have been pinned by now.
+class PartlyPinned final : public Device {
+ public:
+  PartlyPinned() : Device(0) {}
+  std::string_view name() const override { return "partly pinned"; }
+  bool addressable() const override { return true; }
+  std::unique_ptr<Device> make_host_memory(size_t) override { return nullptr; }
+  size_t ready(const std::byte* asked, size_t bytes) const override {
+    EXPECT_EQ(asked, block) << "extents are blocks of one allocation";
+    return std::min(bytes, pinned);
+  }
+  void write(std::byte*, const void*, size_t) override {}
+  void read(void*, const std::byte*, size_t) const override {}
+
+  const std::byte* block = nullptr;
+  size_t pinned = 0;
+
+ private:
+  std::byte* take(size_t) override { return nullptr; }
+};
+
+TEST(FullKv, IsReachableWhenItsLastExtentIsPinned) {
+  const int pages = extent_pages(kShape);
+  OwnedPool owned(extent_bytes(kShape), 3 * extents_for(pages, kShape));
+  OwnedPool checksums(FullKv::checksum_bytes(kShape, pages), 2);
+  PartlyPinned host;
+  host.block = owned.pool.memory();
+  const FullKv first(kShape, owned.pool, checksums.pool, pages);
+  const FullKv second(kShape, owned.pool, checksums.pool, pages);
+  const size_t half = extent_bytes(kShape) * static_cast<size_t>(kShape.layers);
+  for (const auto& [pinned, first_there, second_there] : {std::tuple{size_t{0}, false, false},
+                                                          {half - 1, false, false},
+                                                          {half, true, false},
+                                                          {2 * half - 1, true, false},
+                                                          {2 * half, true, true},
+                                                          {3 * half, true, true}}) {
+    host.pinned = pinned;
+    EXPECT_EQ(first.reachable(host), first_there);
+    EXPECT_EQ(second.reachable(host), second_there);
+  }
+  const auto plain = make_cpu_device(0);
+  EXPECT_TRUE(second.reachable(*plain));
 }
 
 }  // namespace

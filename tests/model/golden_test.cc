@@ -1,5 +1,6 @@
 // Logits and greedy tokens against Hugging Face transformers (float32): five families of tiny checkpoints, and the
 // trained models.
+#include <cmath>
 #include <fstream>
 #include <nlohmann/json.hpp>
 
@@ -39,25 +40,23 @@ struct Difference {
 // to bf16 too (with rounded frequencies a float32 computation meets them to 2e-6, with exact ones to 1 to 3 %). The
 // engine keeps exact frequencies, as the trained models' references do; so that its arithmetic can be judged here, this
 // test rounds them.
-class RoundedRope {
- public:
-  RoundedRope(const ModelConfig& config, int positions) {
-    for (int position = 0; position < positions; ++position) {
-      for (const double frequency : rope_inverse_frequencies(config.rope, config.head_dim)) {
-        const double angle = position * static_cast<double>(to_float(to_bf16(static_cast<float>(frequency))));
-        cos_.push_back(static_cast<float>(std::cos(angle)));
-        sin_.push_back(static_cast<float>(std::sin(angle)));
-      }
+RopeTable rounded_rope(const ModelConfig& config, int positions, Device& device) {
+  std::vector<float> cos;
+  std::vector<float> sin;
+  for (int position = 0; position < positions; ++position) {
+    for (const double frequency : rope_inverse_frequencies(config.rope, config.head_dim)) {
+      const double angle = position * static_cast<double>(to_float(to_bf16(static_cast<float>(frequency))));
+      cos.push_back(static_cast<float>(std::cos(angle)));
+      sin.push_back(static_cast<float>(std::sin(angle)));
     }
-    table_ = {cos_.data(), sin_.data(), positions};
   }
-  const RopeTable& table() const { return table_; }
-
- private:
-  std::vector<float> cos_;
-  std::vector<float> sin_;
-  RopeTable table_;
-};
+  const auto to_device = [&](const std::vector<float>& values) {
+    auto* memory = device.allocate_array<float>(values.size(), "test");
+    device.write(reinterpret_cast<std::byte*>(memory), values.data(), values.size() * sizeof(float));
+    return memory;
+  };
+  return {to_device(cos), to_device(sin), positions};
+}
 
 TokenId best(std::span<const float> row) {
   return static_cast<TokenId>(std::max_element(row.begin(), row.end()) - row.begin());
@@ -87,29 +86,29 @@ TEST_P(TinyCheckpoint, LogitsAndGreedyTokensAreTheReferences) {
   const std::vector<float> reference = values<float>(expected, "logits");
   const std::vector<TokenId> greedy = values<TokenId>(expected, "greedy_ids");
   const std::vector<float> margins = values<float>(expected, "greedy_margin");
-  for (const Isa isa : {Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx}) {
-    if (!isa_supported(isa)) {
+  for (const std::string& isa : test::tested_isas()) {
+    if (isa == "portable") {
       continue;
     }
-    LoadedModel loaded(dir, 2, isa);
-    const RoundedRope rope(loaded.config, 256);
-    loaded.weights.rope = rope.table();
+    LoadedModel loaded(dir, {.isa = isa});
+    loaded.weights.rope = rounded_rope(loaded.config, 256, *loaded.memory);
     std::vector<TokenId> tokens = input;
     tokens.insert(tokens.end(), greedy.begin(), greedy.end());
     const std::vector<float> logits = all_logits(loaded, tokens, 64);
     Difference difference;
     difference.add({logits.data(), reference.size()}, reference);
-    EXPECT_LT(difference.relative(), kLargestError) << isa_name(isa);
+    EXPECT_LT(difference.relative(), kLargestError) << loaded.kernels->name();
     int judged = 0;
     const std::vector<double> wide(margins.begin(), margins.end());
     EXPECT_EQ(greedy_misses(logits, static_cast<size_t>(loaded.config.vocab_size), input.size(), greedy, wide,
                             difference.largest, judged),
               0)
-        << isa_name(isa);
+        << loaded.kernels->name();
     EXPECT_GT(judged, 10) << "margins: most steps must be judged";
-    RecordProperty(std::string("relative_error_") + std::string(isa_name(isa)), std::to_string(difference.relative()));
-    printf("%-20s %-12s relative error %.4f, %d of %zu greedy tokens judged\n", GetParam(),
-           std::string(isa_name(isa)).c_str(), difference.relative(), judged, greedy.size());
+    const std::string computed_by = isa.empty() ? "gpu" : isa;
+    RecordProperty("relative_error_" + computed_by, std::to_string(difference.relative()));
+    printf("%-20s %-12s relative error %.4f, %d of %zu greedy tokens judged\n", GetParam(), computed_by.c_str(),
+           difference.relative(), judged, greedy.size());
   }
 }
 

@@ -1,4 +1,4 @@
-#include "speculate/philox.h"
+#include "backend/philox.h"
 
 #include <gtest/gtest.h>
 
