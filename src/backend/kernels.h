@@ -60,6 +60,7 @@ struct LogitRow {
 
 // What a pass is about, for all its layers. The vectors are the caller's; ops see it after Kernels::stage.
 struct PassRows {
+  const void* buffers = nullptr;  // names the activations that it works in; what is replayed works in the same
   int rows = 0;
   int layers = 0;
   bool draft = false;                         // a draft step: any fast kernel will do, and resident KV may be packed
@@ -175,7 +176,8 @@ class Kernels : public Lane {
     return *this;
   }
 
-  // Makes a pass known to the ops that follow on this lane. The vectors must live until the pass is done.
+  // Makes a pass known to the ops that follow on this lane. The vectors must live until the last op of the pass is
+  // enqueued.
   virtual void stage(const PassRows& pass) = 0;
   // Runs body, which enqueues ops for the pass that was staged last. Called again for a pass of the same shape, the
   // same ops are run without calling it, on the same buffers: forget_passes() when those are others from now on.

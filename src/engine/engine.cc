@@ -157,6 +157,7 @@ void Engine::State::admit(SeqId id) {
                                                             .max_pages = plan.resident_head_pages,
                                                             .chosen_stride = plan.chosen_stride,
                                                             .mirrored = !device.addressable()});
+    s.resident->settle(draft_lane);  // the tables' last owner has left its counts there
   }
   if (!plan.full_on_device) {
     s.full = std::make_unique<FullKv>(shape, *host_pool, *checksum_pool, (length + kPageTokens - 1) / kPageTokens);
@@ -168,6 +169,7 @@ void Engine::State::admit(SeqId id) {
     s.query_memory = window_pool->take();
     check(s.query_memory != nullptr, "there is a query window for every sequence");
   }
+  s.tail_changed = draft_lane.mark();
   update_load(s);
 }
 
@@ -189,11 +191,12 @@ bool Engine::State::step() {
   }
   for (auto& [id, sequence] : sequences) {
     if (sequence->tail && !sequence->in_pass) {
-      sequence->release_tail();
+      release_tail(*sequence);
       update_load(*sequence);
     }
   }
-  const StepPlan step_plan = scheduler->next({.open_passes = static_cast<int>(passes.size())});
+  const StepPlan step_plan =
+      scheduler->next({.open_passes = static_cast<int>(passes.size()), .wire_bound = wire_bound()});
   for (const SeqId id : step_plan.admit) {
     admit(id);
   }
@@ -231,7 +234,8 @@ void Engine::State::reap() {
       decided.clear();
       progress(s);
     }
-    if (!s.finish || (s.full && wire->stores_pending(*s.full))) {
+    // A step under way writes its token to the board, whoever owns that by then.
+    if (!s.finish || (s.full && wire->stores_pending(*s.full)) || !draft_lane.reached(s.last_draft)) {
       ++it;
       continue;
     }

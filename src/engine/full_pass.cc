@@ -66,8 +66,8 @@ void FullPass::start(Activations& activations, const PassResults& results, bool 
   for (FullPassMember& member : members_) {
     Sequence& sequence = *member.sequence;
     member.first_row = rows;
-    member.drafts = member.decides ? std::min(sequence.drafted, member.most_drafts) : 0;
-    member.bonus = member.drafts == 0 || !drafts_on || sequence.drafted >= sequence.useful_drafts();
+    member.drafts = member.decides ? std::min(sequence.drafts_done, member.most_drafts) : 0;
+    member.bonus = member.drafts == 0 || !drafts_on;
     sequence.pass_end = member.position + member.rows();
     check(sequence.tail->end() >= sequence.pass_end, "a pass has room in the tails for its rows");
     rows += member.rows();
@@ -81,7 +81,8 @@ void FullPass::start(Activations& activations, const PassResults& results, bool 
     }
   }
   place_rows();
-  pass_ = {.rows = rows,
+  pass_ = {.buffers = activations.hidden,
+           .rows = rows,
            .layers = model_.config().layers,
            .draft = false,
            .sequences = sequence_rows_,

@@ -58,8 +58,8 @@ class FullPass {
   bool enqueued() const { return last_mark_ != 0; }
   bool finished(const Activations& a) const { return enqueued() && a.lane->reached(last_mark_); }
 
-  // Fixes the rows: each deciding member brings the drafts it has by now, `most_drafts` at most; `drafts_on` says who
-  // goes on drafting while the pass runs. The tails must have room for them.
+  // Fixes the rows: each deciding member brings the drafts that are done, `most_drafts` at most. drafts_on: members go
+  // on drafting while the pass runs, the steps under way included; else no step is under way. The tails must have room.
   void start(Activations& activations, const PassResults& results, bool drafts_on);
   // Enqueues the next layer; on the way verified KV enters the tails and compressors see the layer.
   void run_layer(Activations& activations);

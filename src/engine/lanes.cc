@@ -12,6 +12,8 @@ namespace {
 // Steps that the draft lane is given ahead: enough that it never waits for the host, few enough that a refusal wastes
 // little.
 constexpr size_t kDraftsAhead = 2;
+// Layers of a pass that are enqueued before the draft lane is looked after again: their transfers cost the host time.
+constexpr int kLayersAtOnce = 4;
 
 void smooth(double& mean, double value) {
   mean = mean == 0 ? value : 0.9 * mean + 0.1 * value;
@@ -26,14 +28,14 @@ bool Engine::State::advance_pass() {
   }
   FullPass& pass = *passes.front();
   if (!pass.started()) {
-    // A pass whose members still draft waits for them, unless another waits behind it.
-    if (!pass.arrived() || !(pass.members_ready() || passes.size() > 1)) {
+    // A pass whose members still draft waits for them, unless another waits behind it or the wire would wait for it.
+    if (!pass.arrived() || !(pass.members_ready() || passes.size() > 1 || wire_bound())) {
       return false;
     }
     start_pass(pass);
   }
   bool advanced = false;
-  while (!pass.enqueued() && (pass.computed() || pass.layer_ready())) {
+  for (int i = 0; i < kLayersAtOnce && !pass.enqueued() && (pass.computed() || pass.layer_ready()); ++i) {
     pass.computed() ? pass.run_logits(pass_activations) : pass.run_layer(pass_activations);
     advanced = true;
   }
@@ -47,13 +49,47 @@ bool Engine::State::advance_pass() {
 }
 
 void Engine::State::start_pass(FullPass& pass) {
+  drafts_in_flight(0);
+  bool drafts_on = worth_drafting_on(pass);
   for (const FullPassMember& member : pass.members()) {
     Sequence& s = *member.sequence;
-    check(s.tail->grow(s.verified + member.backlog_rows + s.drafted), "the tail has room for every decoding sequence");
+    check(grow_tail(s, s.verified + member.backlog_rows + s.drafted), "the tail has room for every decoding sequence");
+    // The row of the last decided token stands where its first draft step writes, if that is still under way.
+    drafts_on = drafts_on && !(member.decides && (s.drafts_done == 0 || s.drafted >= s.useful_drafts()));
   }
-  // Drafts that the pass judges, and tails that it reads, are the draft lane's work.
-  pass_lane.follow(draft_lane, draft_lane.mark());
-  pass.start(pass_activations, results, worth_drafting_on(pass));
+  // Steps under way go on beside a pass whose members draft on: they write behind its rows. Else it waits for them.
+  for (const FullPassMember& member : pass.members()) {
+    Sequence& s = *member.sequence;
+    pass_lane.follow(draft_lane, s.tail_changed);
+    if (!drafts_on) {
+      if (s.drafts_done != s.drafted) {
+        s.drafts_done = s.drafted;
+        ++s.draft_run;  // the steps under way are counted now
+      }
+      pass_lane.follow(draft_lane, s.last_draft);
+    }
+  }
+  pass.start(pass_activations, results, drafts_on);
+}
+
+// What changes a tail is enqueued on the draft lane.
+bool Engine::State::grow_tail(Sequence& s, int end) {
+  if (end <= s.tail->end()) {
+    return true;
+  }
+  const bool grown = s.tail->grow(end);
+  s.tail_changed = draft_lane.mark();
+  return grown;
+}
+
+// Gives back the page sets that are folded and stored; only while the sequence stands in no pass.
+void Engine::State::release_tail(Sequence& s) {
+  const int outside = s.full ? s.full->stored() * kPageTokens : s.folded;
+  const int position = std::min(s.folded, outside);
+  if (position > s.tail->position()) {
+    s.tail->release_before(position);
+    s.tail_changed = draft_lane.mark();
+  }
 }
 
 // A sequence that drafts while its pass runs gives up the token that the pass would decide beyond its drafts: worth it
@@ -64,6 +100,20 @@ bool Engine::State::worth_drafting_on(const FullPass& pass) const {
     pages += pass.fetch()->parts()[i].pages;
   }
   return wire_page_seconds * pages > 2 * draft_step_seconds;
+}
+
+bool Engine::State::wire_bound() const {
+  int pages = 0;
+  int horizon = 0;
+  int decoding = 0;
+  for (const auto& [id, s] : sequences) {
+    if (s->full && s->backlog() == 1) {
+      pages += s->full->stored();
+      horizon += s->horizon.tokens();
+      ++decoding;
+    }
+  }
+  return decoding > 1 && wire_page_seconds * pages > draft_step_seconds * horizon / decoding;
 }
 
 bool Engine::State::may_grow(const Sequence& sequence, int end) const {
@@ -89,7 +139,7 @@ void Engine::State::open_pass(std::span<const PassMember> members) {
       scheduler->pass_done(member.id);  // its pages are still on their way out; its turn comes again
       continue;
     }
-    check(s.tail->grow(s.verified + member.rows), "the tail's pool holds what is free in it");
+    check(grow_tail(s, s.verified + member.rows), "the tail's pool holds what is free in it");
     accepted.push_back({.sequence = &s,
                         .decides = member.decides,
                         .backlog_rows = member.rows,
@@ -108,11 +158,17 @@ bool Engine::State::drafts_in_flight(size_t most) {
     const double seconds = draft_lane.seconds(step.begin, step.end);
     stats.draft_seconds += seconds;
     if (options.trace != nullptr) {
-      options.trace->span("draft", fmt::format("{} sequences", step.rows), draft_lane.time(step.begin),
+      options.trace->span("draft", fmt::format("{} sequences", step.members.size()), draft_lane.time(step.begin),
                           draft_lane.time(step.end));
     }
     smooth(draft_step_seconds, seconds);
-    smooth(draft_row_seconds, seconds / step.rows);
+    smooth(draft_row_seconds, seconds / static_cast<double>(step.members.size()));
+    for (const auto& [id, run] : step.members) {
+      const auto member = sequences.find(id);
+      if (member != sequences.end() && member->second->draft_run == run) {
+        ++member->second->drafts_done;
+      }
+    }
     draft_steps.pop_front();
   }
   return draft_steps.size() >= most;
@@ -132,7 +188,7 @@ bool Engine::State::draft(std::span<const SeqId> ids) {
     if (s.cancelled || s.finish || position < s.pass_end || !may_grow(s, position + 1)) {
       continue;
     }
-    check(s.tail->grow(position + 1), "the tail's pool holds what is free in it");
+    check(grow_tail(s, position + 1), "the tail's pool holds what is free in it");
     members.push_back(&s);
   }
   if (members.empty()) {
@@ -147,11 +203,14 @@ bool Engine::State::draft(std::span<const SeqId> ids) {
     }
     model.logits(draft_pass, draft_activations);
   });
-  draft_steps.push_back({begin, draft_lane.mark(), draft_pass.rows});
+  DraftStep step{begin, draft_lane.mark(), {}};
   for (Sequence* s : members) {
+    step.members.emplace_back(s->id, s->draft_run);
+    s->last_draft = step.end;
     ++s->drafted;
     update_load(*s);
   }
+  draft_steps.push_back(std::move(step));
   ++stats.draft_steps;
   return true;
 }
@@ -179,7 +238,8 @@ void Engine::State::stage_draft(std::span<Sequence* const> members) {
                              .token = s.board + position,
                              .hash = nullptr});
   }
-  draft_pass = {.rows = static_cast<int>(members.size()),
+  draft_pass = {.buffers = draft_activations.hidden,
+                .rows = static_cast<int>(members.size()),
                 .layers = shape.layers,
                 .draft = true,
                 .sequences = draft_rows,
@@ -190,7 +250,11 @@ void Engine::State::stage_draft(std::span<Sequence* const> members) {
 // Nothing could be enqueued: lanes are at work, or the wire is.
 void Engine::State::wait(uint64_t seen) {
   const Stopwatch waiting;
+  const size_t drafts = draft_steps.size();
   const bool drafting = drafts_in_flight(1);
+  if (draft_steps.size() < drafts) {
+    return;  // the lane takes more by now
+  }
   const bool unstarted = !passes.empty() && !passes.front()->started();
   if (unstarted && !drafting && (device.addressable() || passes.front()->arrived())) {
     passes.front()->wait_arrival();

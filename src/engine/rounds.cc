@@ -97,7 +97,12 @@ void Engine::State::judge(const FullPassMember& member, int first_decided) {
     s.restarts = 0;  // stored pages came back intact; an answer from the tail alone proves nothing of them
   }
   // Drafts made while the verification was under way stand if all before them stood.
-  s.drafted = open && !verdict.next ? s.drafted - member.drafts : 0;
+  if (open && !verdict.next) {
+    s.drafted -= member.drafts;
+    s.drafts_done -= member.drafts;
+  } else {
+    s.forget_drafts();
+  }
 }
 
 // false: the sequence ends with this token.
@@ -120,6 +125,7 @@ void Engine::State::fold(const FullPassMember& member) {
   s.folded = member.fold_end;
   if (s.resident) {
     s.resident->settle(draft_lane);
+    s.tail_changed = draft_lane.mark();
   }
   if (s.full && !s.finish && s.folded / kPageTokens > s.storing) {
     std::vector<const std::byte*> sets;
@@ -129,7 +135,7 @@ void Engine::State::fold(const FullPassMember& member) {
     wire->store(*s.full, s.storing, std::move(sets));
     s.storing = s.folded / kPageTokens;
   }
-  s.release_tail();
+  release_tail(s);
 }
 
 void Engine::State::restart(Sequence& s) {
@@ -139,6 +145,10 @@ void Engine::State::restart(Sequence& s) {
     wire->wait_change(seen);
   }
   s.restart();
+  if (s.resident) {
+    s.resident->settle(draft_lane);
+  }
+  s.tail_changed = draft_lane.mark();
   if (s.restarts > kMostRestarts) {
     s.finish = FinishReason::failed;
   }

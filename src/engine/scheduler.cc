@@ -45,7 +45,7 @@ StepPlan Scheduler::next(const Usage& usage) {
   }
   for (const auto& [id, sequence] : running_) {
     if (limits_.drafting && !decoding_held_ && sequence.load.backlog == 1 &&
-        sequence.load.drafted < draft_limit(sequence)) {
+        sequence.load.drafted < draft_limit(sequence, usage)) {
       plan.draft.push_back(id);
     }
   }
@@ -72,9 +72,9 @@ void Scheduler::admit(StepPlan& plan) {
 
 // While its own verification is on the wire a sequence drafts on: those drafts stay valid when all before them is
 // accepted.
-int Scheduler::draft_limit(const Running& sequence) const {
+int Scheduler::draft_limit(const Running& sequence, const Usage& usage) {
   const int reach = sequence.in_pass ? 2 * sequence.load.horizon : sequence.load.horizon;
-  return std::min(reach, sequence.load.most_drafts);
+  return usage.wire_bound ? sequence.load.most_drafts : std::min(reach, sequence.load.most_drafts);
 }
 
 void Scheduler::open_pass(const Usage& usage, StepPlan& plan) {
@@ -96,7 +96,8 @@ void Scheduler::open_pass(const Usage& usage, StepPlan& plan) {
   }
   // The wire never idles: with nobody ready, it begins to bring the residuals of those who will be first. Not behind
   // another pass, which would have to start before its own members are ready.
-  const bool early = !any_ready && prefilling.empty() && limits_.staging_pages > 0 && usage.open_passes == 0;
+  const bool early =
+      !any_ready && prefilling.empty() && limits_.staging_pages > 0 && (usage.open_passes == 0 || usage.wire_bound);
   std::stable_sort(decoding.begin(), decoding.end(),
                    [](const auto& a, const auto& b) { return a.second->turn < b.second->turn; });
 
@@ -129,7 +130,8 @@ void Scheduler::open_pass(const Usage& usage, StepPlan& plan) {
   for (auto& [id, sequence] : decoding) {
     const int missing = sequence->load.horizon - sequence->load.drafted;
     if (ready(sequence->load) || (early && missing <= least_missing + sequence->load.horizon / 4)) {
-      const int most_drafts = std::clamp(2 * sequence->load.horizon, 0, std::max(0, sequence->load.most_drafts));
+      const int reach = usage.wire_bound ? sequence->load.most_drafts : 2 * sequence->load.horizon;
+      const int most_drafts = std::clamp(reach, 0, std::max(0, sequence->load.most_drafts));
       take(id, *sequence, 1 + most_drafts, 1 + most_drafts, {.rows = 1, .decides = true, .most_drafts = most_drafts});
     }
   }

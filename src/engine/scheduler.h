@@ -57,6 +57,9 @@ struct StepPlan {
 // What the engine's lanes look like now.
 struct Usage {
   int open_passes = 0;
+  // The wire takes longer to bring everybody's full KV than drafting to the horizon takes: it must never idle, and
+  // drafts that are made while a sequence waits for its turn cost nothing.
+  bool wire_bound = false;
 };
 
 class Scheduler {
@@ -93,7 +96,7 @@ class Scheduler {
   };
   void admit(StepPlan& plan);
   void open_pass(const Usage& usage, StepPlan& plan);
-  int draft_limit(const Running& sequence) const;
+  static int draft_limit(const Running& sequence, const Usage& usage);
 
   SchedulerLimits limits_;
   bool decoding_held_ = false;

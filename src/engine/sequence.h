@@ -27,6 +27,10 @@ struct Sequence {
   int max_tokens = 0;           // decided tokens at most, within the context
   std::vector<TokenId> tokens;  // prompt and decided
   int drafted = 0;              // tokens drafted and not judged yet; their ids stand on the board
+  int drafts_done = 0;          // of them, those whose draft step is known to be done
+  int draft_run = 0;            // counts refusals: a step that began before one drafts nothing any more
+  Mark last_draft = 0;          // of its last draft step, draft lane
+  Mark tail_changed = 0;        // draft lane: behind the last work on its tail and tables
   TokenId* board = nullptr;     // tokens by position, decided and drafted: host memory that the device reaches
   int verified = 0;             // tokens whose full KV is computed
   int folded = 0;               // tokens that the resident part stands for
@@ -55,8 +59,11 @@ struct Sequence {
 
   // Attention of a draft: resident + tail.
   LayerKv draft_view(int layer) const { return {resident->layer(layer).view(), tail->view(layer, folded), folded}; }
-  void restart();       // forgets all KV; the tokens stay
-  void release_tail();  // gives back the page sets that are folded and stored; only while it stands in no pass
+  void forget_drafts() {
+    drafted = drafts_done = 0;
+    ++draft_run;
+  }
+  void restart();  // forgets all KV; the tokens stay
 };
 
 }  // namespace vericache

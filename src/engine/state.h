@@ -44,8 +44,11 @@ struct Engine::State {
   void open_pass(std::span<const PassMember> members);
   void start_pass(FullPass& pass);
   bool worth_drafting_on(const FullPass& pass) const;
+  bool wire_bound() const;
   void stage_draft(std::span<Sequence* const> members);
   bool drafts_in_flight(size_t most);
+  bool grow_tail(Sequence& sequence, int end);
+  void release_tail(Sequence& sequence);
   bool may_grow(const Sequence& sequence, int end) const;
   void finish_pass(FullPass& pass);
   void judge(const FullPassMember& member, int first_decided);
@@ -87,7 +90,7 @@ struct Engine::State {
   struct DraftStep {
     Mark begin = 0;
     Mark end = 0;
-    int rows = 0;
+    std::vector<std::pair<SeqId, int>> members;  // with their draft_run
   };
   std::deque<DraftStep> draft_steps;  // enqueued and not known to be done
   SeqId next_id = 1;

@@ -48,9 +48,28 @@ __device__ uint64_t sum_of_warp(uint64_t sum) {
   return sum;
 }
 
+// Of every block's speaker: the last one tells the host how many blocks differ. A GPU has no atomics on host memory.
+__device__ void count_mismatch(bool differs, unsigned int blocks, uint32_t* mismatches, uint32_t* scratch) {
+  if (differs) {
+    atomicAdd(&scratch[0], 1u);
+  }
+  __threadfence();
+  if (atomicAdd(&scratch[1], 1u) + 1 == blocks) {
+    __threadfence();
+    const uint32_t count = atomicExch(&scratch[0], 0u);
+    scratch[1] = 0;
+    if (count > 0) {
+      auto* host = static_cast<volatile uint32_t*>(mismatches);
+      *host = *host + count;
+      __threadfence_system();
+    }
+  }
+}
+
 // expected null: the checksums are written; else compared, and the blocks that differ counted.
 __global__ void __launch_bounds__(kThreads, 4)
-    checksum_kernel(BlockRow blocks, uint64_t* checksums, const uint64_t* expected, uint32_t* mismatches) {
+    checksum_kernel(BlockRow blocks, uint64_t* checksums, const uint64_t* expected, uint32_t* mismatches,
+                    uint32_t* scratch) {
   __shared__ Shared shared;
   const Cluster cluster;
   const bool speaker = cluster.rank() == 0 && threadIdx.x == 0;
@@ -84,15 +103,15 @@ __global__ void __launch_bounds__(kThreads, 4)
     sum = finish_checksum(sum, blocks.bytes);
     if (expected == nullptr) {
       checksums[place] = sum;
-    } else if (sum != wanted) {
-      atomicAdd_system(mismatches, 1u);
+    } else {
+      count_mismatch(sum != wanted, static_cast<unsigned int>(blocks.count), mismatches, scratch);
     }
   }
   cluster.sync();
 }
 
 void launch(const BlockRow& blocks, uint64_t* checksums, const uint64_t* expected, uint32_t* mismatches,
-            const char* name, cudaStream_t stream) {
+            uint32_t* scratch, const char* name, cudaStream_t stream) {
   check(blocks.bytes % 16 == 0 && blocks.stride % 16 == 0 && reinterpret_cast<uintptr_t>(blocks.first) % 16 == 0,
         "blocks that are summed are made of 16-byte vectors");
   check(blocks.bytes / 16 < size_t{1} << 31, "a block that is summed is smaller than 32 GiB");
@@ -100,17 +119,19 @@ void launch(const BlockRow& blocks, uint64_t* checksums, const uint64_t* expecte
     return;
   }
   const int size = cluster_blocks(blocks.count, kMostBlocks, static_cast<int64_t>(blocks.bytes), kLeastSlice);
-  launch_clusters(checksum_kernel, name, blocks.count, size, kThreads, stream, blocks, checksums, expected, mismatches);
+  launch_clusters(checksum_kernel, name, blocks.count, size, kThreads, stream, blocks, checksums, expected, mismatches,
+                  scratch);
 }
 
 }  // namespace
 
 void checksum(const BlockRow& blocks, uint64_t* checksums, cudaStream_t stream) {
-  launch(blocks, checksums, nullptr, nullptr, "checksum", stream);
+  launch(blocks, checksums, nullptr, nullptr, nullptr, "checksum", stream);
 }
 
-void prove(const BlockRow& blocks, const uint64_t* checksums, uint32_t* mismatches, cudaStream_t stream) {
-  launch(blocks, nullptr, checksums, mismatches, "prove", stream);
+void prove(const BlockRow& blocks, const uint64_t* checksums, uint32_t* mismatches, uint32_t* scratch,
+           cudaStream_t stream) {
+  launch(blocks, nullptr, checksums, mismatches, scratch, "prove", stream);
 }
 
 }  // namespace vericache::cuda

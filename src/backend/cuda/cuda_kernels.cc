@@ -48,7 +48,10 @@ struct PassLane {
       : stage(limits, exact),
         product(stream),
         attention_scratch(exact ? attention_scratch_bytes(limits) : 0, "the partial results of attention"),
-        draft_scratch(draft_attention_scratch_bytes(limits), "the partial results of draft attention") {}
+        draft_scratch(draft_attention_scratch_bytes(limits), "the partial results of draft attention"),
+        proof_scratch(2 * sizeof(uint32_t), "the counters of proofs") {
+    check_cuda(cudaMemset(proof_scratch.as<void>(), 0, proof_scratch.bytes()), "zeroing the counters of proofs");
+  }
 
   size_t device_bytes() const {
     return stage.device_bytes() + product.device_bytes() + attention_scratch.bytes() + draft_scratch.bytes();
@@ -58,6 +61,7 @@ struct PassLane {
   ProductLane product;
   DeviceMemory attention_scratch;
   DeviceMemory draft_scratch;
+  DeviceMemory proof_scratch;
   DraftGraphs graphs;
 };
 
@@ -143,7 +147,7 @@ class CudaKernels final : public Kernels {
   void delay(int microseconds) override { cuda::delay(microseconds, stream()); }
   void checksum(const BlockRow& blocks, uint64_t* checksums) override { cuda::checksum(blocks, checksums, stream()); }
   void prove(const BlockRow& blocks, const uint64_t* checksums, uint32_t* mismatches) override {
-    cuda::prove(blocks, checksums, mismatches, stream());
+    cuda::prove(blocks, checksums, mismatches, passes().proof_scratch.as<uint32_t>(), stream());
   }
 
  private:
@@ -270,6 +274,7 @@ void CudaKernels::replay(const PassRows& pass, const void* state, void (*body)(c
                        .logit_rows = staged.logit_count,
                        .layers = pass.layers,
                        .longest_tokens = stage.longest_tokens(),
+                       .buffers = pass.buffers,
                        .key_bits = stage.format().key_bits,
                        .value_bits = stage.format().value_bits},
                       stream(), state, body);

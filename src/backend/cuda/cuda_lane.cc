@@ -153,7 +153,7 @@ std::byte* CudaLane::reserve(size_t bytes) {
 }
 
 void CudaLane::send(std::byte* target, const std::byte* reserved, size_t bytes) {
-  check_cuda(cudaMemcpyAsync(target, reserved, bytes, cudaMemcpyDefault, stream_), "uploading");
+  cuda::upload(target, reserved, bytes, stream_);
 }
 
 void CudaLane::upload(std::byte* target, const void* source, size_t bytes) {

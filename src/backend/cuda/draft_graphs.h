@@ -18,6 +18,7 @@ struct DraftShape {
   int logit_rows = 0;
   int layers = 0;
   int longest_tokens = 0;
+  const void* buffers = nullptr;
   int key_bits = 0;
   int value_bits = 0;
   auto operator<=>(const DraftShape&) const = default;

@@ -72,8 +72,8 @@ void attention(const AttentionArgs& args, const StagedPass& pass, const Attentio
                cudaStream_t stream);
 
 // draft_attention.cu: resident KV as stored (bf16 or packed, per-head lengths), then the bf16 tail, one row a sequence.
-// The launch depends on rows and on `longest_tokens` (of past and tail together, rounded up by the caller) alone, so that
-// it can be captured.
+// The launch depends on rows and on `longest_tokens` (of past and tail together, rounded up by the caller) alone, so
+// that it can be captured.
 size_t draft_attention_scratch_bytes(const Limits& limits);
 void draft_attention(const AttentionArgs& args, const KvFormat& format, const StagedPass& pass, int longest_tokens,
                      float* scratch, cudaStream_t stream);
@@ -94,8 +94,12 @@ void choose_best(const float* scores, int rows, int n, int count, int* chosen, i
 // sampling.cu
 void choose(const float* logits, const StagedPass& pass, int vocabulary, cudaStream_t stream);
 
-// checksum.cu
+// upload.cu: source is pinned host memory.
+void upload(std::byte* target, const std::byte* source, size_t bytes, cudaStream_t stream);
+
+// checksum.cu. scratch: two words of device memory, zero before the first call, one pair for each stream.
 void checksum(const BlockRow& blocks, uint64_t* checksums, cudaStream_t stream);
-void prove(const BlockRow& blocks, const uint64_t* checksums, uint32_t* mismatches, cudaStream_t stream);
+void prove(const BlockRow& blocks, const uint64_t* checksums, uint32_t* mismatches, uint32_t* scratch,
+           cudaStream_t stream);
 
 }  // namespace vericache::cuda
