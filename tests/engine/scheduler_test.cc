@@ -95,6 +95,29 @@ TEST(SchedulerDeathTest, RefusesWhatCouldNeverBeAdmitted) {
       "between passes");
 }
 
+// Where the wire is the bottleneck it is given the next one in turn, ready or not, also behind an open pass, and nobody
+// stops drafting at the horizon.
+TEST(Scheduler, AWireThatIsTheBottleneckNeverIdles) {
+  SchedulerLimits tight = limits();
+  tight.staging_pages = 4;
+  tight.pass_rows = tight.logit_rows = 128;
+  Scheduler scheduler = admitted(tight, 3);
+  for (const SeqId id : {1, 2, 3}) {
+    scheduler.update(id, decoding(5, 8, 3));
+  }
+  const auto opened = [&](const Usage& usage) {
+    const StepPlan plan = scheduler.next(usage);
+    return plan.pass.empty() ? SeqId{0} : plan.pass.front().id;
+  };
+  EXPECT_EQ(opened({.open_passes = 0, .wire_bound = true}), 1u);
+  EXPECT_EQ(opened({.open_passes = 1, .wire_bound = false}), 0u);
+  EXPECT_EQ(opened({.open_passes = 1, .wire_bound = true}), 2u);
+  EXPECT_EQ(opened({.open_passes = 2, .wire_bound = true}), 0u);
+  scheduler.update(3, decoding(9, 8, 3));
+  EXPECT_EQ(scheduler.next({.open_passes = 2, .wire_bound = true}).draft, (Ids{1, 2, 3}));
+  EXPECT_EQ(scheduler.next({.open_passes = 2, .wire_bound = false}).draft, (Ids{1, 2}));
+}
+
 TEST(Scheduler, APassTakesTheReadyWithRoomForTheirDrafts) {
   Scheduler scheduler = admitted(limits(), 4);
   scheduler.update(1, decoding(8, 8, 3));

@@ -31,6 +31,11 @@ constexpr Geometry kGeometries[] = {{16, 16, 1},          {48, 64, 300},        
                                     {4112, 8192, 130},    {32768, 32768, 600},   {262144, 262144, 8},
                                     {262144, 262160, 65}, {262144, 262144, 130}, {1048592, 1048592, 3}};
 
+uint32_t* proof_scratch() {
+  static const DeviceArray<uint32_t> scratch(std::vector<uint32_t>(2, 0));
+  return const_cast<uint32_t*>(scratch.data());
+}
+
 TEST(CudaChecksum, EqualsTheHost) {
   for (const Geometry& g : kGeometries) {
     const auto count = static_cast<size_t>(g.count);
@@ -59,11 +64,11 @@ TEST(CudaChecksum, ChecksumsMayLieApart) {
     EXPECT_EQ(sums[i], i % 3 == 0 ? checksum_of(bytes.data() + i / 3 * kBytes, kBytes) : ~uint64_t{0});
   }
   mismatches[0] = 0;
-  prove(blocks, sums.data(), mismatches.data(), nullptr);
+  prove(blocks, sums.data(), mismatches.data(), proof_scratch(), nullptr);
   finish();
   EXPECT_EQ(mismatches[0], 0u);
   sums[6] ^= 1;
-  prove(blocks, sums.data(), mismatches.data(), nullptr);
+  prove(blocks, sums.data(), mismatches.data(), proof_scratch(), nullptr);
   finish();
   EXPECT_EQ(mismatches[0], 1u);
 }
@@ -93,7 +98,7 @@ TEST(CudaChecksum, ProveCountsTheBlocksThatChanged) {
     checksum(blocks, sums.data(), nullptr);
     finish();
     mismatches[0] = 5;
-    prove(blocks, sums.data(), mismatches.data(), nullptr);
+    prove(blocks, sums.data(), mismatches.data(), proof_scratch(), nullptr);
     finish();
     EXPECT_EQ(mismatches[0], 5u);
     uint32_t changed = 0;
@@ -102,7 +107,7 @@ TEST(CudaChecksum, ProveCountsTheBlocksThatChanged) {
       ++changed;
     }
     device.write(bytes);
-    prove(blocks, sums.data(), mismatches.data(), nullptr);
+    prove(blocks, sums.data(), mismatches.data(), proof_scratch(), nullptr);
     finish();
     EXPECT_EQ(mismatches[0], 5 + changed) << g.bytes;
   }
