@@ -38,11 +38,15 @@ PromptGroup text_group(const Tokenizer& tokenizer, const std::string& text, int 
     throw Error("the text has {} tokens, too few for a context of {}: give a longer one or lower --contexts",
                 ids.size(), context);
   }
-  ids.resize(static_cast<size_t>(context));
   PromptGroup group;
   group.context = context;
-  group.prompts.assign(static_cast<size_t>(copies), ids);
-  group.names.assign(static_cast<size_t>(copies), "the text");
+  const size_t length = static_cast<size_t>(context);
+  const size_t step = copies > 1 ? std::min<size_t>(1024, (ids.size() - length) / static_cast<size_t>(copies - 1)) : 0;
+  for (size_t i = 0; i < static_cast<size_t>(copies); ++i) {
+    const auto begin = ids.begin() + static_cast<ptrdiff_t>(i * step);
+    group.prompts.emplace_back(begin, begin + static_cast<ptrdiff_t>(length));
+    group.names.push_back(fmt::format("the text from token {}", i * step));
+  }
   return group;
 }
 

@@ -1,8 +1,8 @@
 # VERICACHE_PORTABLE: binaries that need glibc and libm of the machine they run on, and CUDA's libcublasLt, nothing else.
-# What Debian ships as archives is linked as such, fmt is compiled in, of Highway one function is needed; spdlog stays out.
+# What Debian ships as archives is linked as such, fmt is compiled in, of Highway one function is needed.
 option(VERICACHE_PORTABLE "Binaries that run on machines without this one's libraries" OFF)
 
-set(VERICACHE_TEXT_OUTPUT fmt::fmt spdlog::spdlog)
+set(VERICACHE_TEXT_OUTPUT fmt::fmt)
 if(VERICACHE_PORTABLE)
   set(VERICACHE_TEXT_OUTPUT fmt::fmt-header-only)
   foreach(package PCRE2:pcre2-8 XXHASH:xxhash UTF8PROC:utf8proc)
