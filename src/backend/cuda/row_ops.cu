@@ -7,7 +7,7 @@
 
 #include "backend/cuda/layout.h"
 #include "backend/cuda/ops.h"
-#include "backend/cuda/philox.h"
+#include "backend/philox.h"
 #include "base/check.h"
 
 namespace vericache::cuda {
@@ -396,12 +396,13 @@ __global__ void fill_random_kernel(int out, int in, int quads, uint64_t seed, fl
   for (size_t i = static_cast<size_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += step) {
     const auto row = static_cast<uint32_t>(i / static_cast<size_t>(quads));
     const auto quad = static_cast<uint32_t>(i % static_cast<size_t>(quads));
-    const PhiloxWords words = philox({quad, row, 0, 0}, seed);
+    uint32_t words[4] = {quad, row, 0, 0};
+    philox_rounds(words, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
     const int column = static_cast<int>(quad) * 4;
-    const float a = column < in ? random_value(words.x, scale) : 0.0f;
-    const float b = column + 1 < in ? random_value(words.y, scale) : 0.0f;
-    const float c = column + 2 < in ? random_value(words.z, scale) : 0.0f;
-    const float d = column + 3 < in ? random_value(words.w, scale) : 0.0f;
+    const float a = column < in ? random_value(words[0], scale) : 0.0f;
+    const float b = column + 1 < in ? random_value(words[1], scale) : 0.0f;
+    const float c = column + 2 < in ? random_value(words[2], scale) : 0.0f;
+    const float d = column + 3 < in ? random_value(words[3], scale) : 0.0f;
     data[i] = make_uint2(bf16_pair(a, b), bf16_pair(c, d));
   }
 }
