@@ -94,6 +94,7 @@ nlohmann::ordered_json describe_model(ModelSession& session, const ModelFlags& f
   } else {
     json["tokenizer"] = nullptr;
   }
+  json["default_device"] = std::string(device_kind_name(device_kind("auto")));
   json["backends"] = {{"cpu", {{"kernels", std::string(kernels->name())}, {"isa", supported_isas()}}}};
   return json;
 }

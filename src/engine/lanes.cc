@@ -13,6 +13,7 @@ namespace {
 // little.
 constexpr size_t kDraftsAhead = 2;
 // Layers of a pass that are enqueued before the draft lane is looked after again: their transfers cost the host time.
+// An op that is done when it returns leaves the host nothing to look after.
 constexpr int kLayersAtOnce = 4;
 
 void smooth(double& mean, double value) {
@@ -35,7 +36,8 @@ bool Engine::State::advance_pass() {
     start_pass(pass);
   }
   bool advanced = false;
-  for (int i = 0; i < kLayersAtOnce && !pass.enqueued() && (pass.computed() || pass.layer_ready()); ++i) {
+  const int most = device.addressable() ? shape.layers + 1 : kLayersAtOnce;
+  for (int i = 0; i < most && !pass.enqueued() && (pass.computed() || pass.layer_ready()); ++i) {
     pass.computed() ? pass.run_logits(pass_activations) : pass.run_layer(pass_activations);
     advanced = true;
   }
@@ -69,7 +71,14 @@ void Engine::State::start_pass(FullPass& pass) {
       pass_lane.follow(draft_lane, s.last_draft);
     }
   }
+  linger(pass_lane);
   pass.start(pass_activations, results, drafts_on);
+}
+
+void Engine::State::linger(Kernels& lane) {
+  if (options.inject_delay_us > 0) {
+    lane.delay(std::uniform_int_distribution<int>(0, options.inject_delay_us)(random));
+  }
 }
 
 // What changes a tail is enqueued on the draft lane.
@@ -244,6 +253,7 @@ void Engine::State::stage_draft(std::span<Sequence* const> members) {
                 .draft = true,
                 .sequences = draft_rows,
                 .logit_rows = draft_choices};
+  linger(draft_lane);
   draft_lane.stage(draft_pass);
 }
 

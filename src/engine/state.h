@@ -6,6 +6,7 @@
 #include <deque>
 #include <map>
 #include <memory>
+#include <random>
 #include <span>
 #include <vector>
 
@@ -47,6 +48,7 @@ struct Engine::State {
   bool wire_bound() const;
   void stage_draft(std::span<Sequence* const> members);
   bool drafts_in_flight(size_t most);
+  void linger(Kernels& lane);  // for tests: where one lane hands over to another
   bool grow_tail(Sequence& sequence, int end);
   void release_tail(Sequence& sequence);
   bool may_grow(const Sequence& sequence, int end) const;
@@ -95,6 +97,7 @@ struct Engine::State {
   std::deque<DraftStep> draft_steps;  // enqueued and not known to be done
   SeqId next_id = 1;
   EngineStats stats;
+  std::minstd_rand random;        // of linger
   double draft_row_seconds = 0;   // of one draft step per row, smoothed
   double draft_step_seconds = 0;  // of one draft step, smoothed
   double wire_page_seconds = 0;   // of one page on its way in, all layers, smoothed
