@@ -5,11 +5,7 @@
 #include <array>
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define VERICACHE_BOTH __host__ __device__
-#else
-#define VERICACHE_BOTH
-#endif
+#include "base/host_device.h"
 
 namespace vericache {
 

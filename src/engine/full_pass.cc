@@ -47,6 +47,14 @@ bool FullPass::decides() const {
   return std::any_of(members_.begin(), members_.end(), [](const FullPassMember& member) { return member.decides; });
 }
 
+int FullPass::past_pages() const {
+  int pages = 0;
+  for (const FullPassMember& member : members_) {
+    pages += member.past_pages;
+  }
+  return pages;
+}
+
 bool FullPass::arrived() const {
   return wire_ == nullptr || wire_->arrived(*fetch_, 0);
 }

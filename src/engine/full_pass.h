@@ -73,6 +73,7 @@ class FullPass {
   std::span<FullPassMember> members() { return members_; }
   bool decides() const;
   int rows() const { return pass_.rows; }
+  int past_pages() const;  // of all members
   const Fetch* fetch() const { return fetch_.get(); }
 
  private:

@@ -104,11 +104,7 @@ void Engine::State::release_tail(Sequence& s) {
 // A sequence that drafts while its pass runs gives up the token that the pass would decide beyond its drafts: worth it
 // when the wire leaves time for several drafts.
 bool Engine::State::worth_drafting_on(const FullPass& pass) const {
-  int pages = 0;
-  for (size_t i = 0; pass.fetch() != nullptr && i < pass.fetch()->parts().size(); ++i) {
-    pages += pass.fetch()->parts()[i].pages;
-  }
-  return wire_page_seconds * pages > 2 * draft_step_seconds;
+  return wire_page_seconds * pass.past_pages() > 2 * draft_step_seconds;
 }
 
 bool Engine::State::wire_bound() const {

@@ -15,11 +15,9 @@ constexpr int kMostRestarts = 8;
 void Engine::State::finish_pass(FullPass& pass) {
   int deciders = 0;
   int prefill_rows = 0;
-  int pages = 0;
   for (const FullPassMember& member : pass.members()) {
     deciders += member.decides ? 1 : 0;
     prefill_rows += member.backlog_rows - (member.decides ? 1 : 0);
-    pages += member.past_pages;
   }
   const size_t crossed = pass.fetch() != nullptr ? pass.fetch()->bytes() : 0;
   const double wire_seconds = pass.fetch() != nullptr ? pass.fetch()->busy_seconds() : 0;
@@ -33,8 +31,8 @@ void Engine::State::finish_pass(FullPass& pass) {
   ++stats.full_passes;
   stats.wire_in_bytes_decode += deciders > 0 ? crossed : 0;
   stats.decode_passes += deciders > 0 ? 1 : 0;
-  if (pages > 0) {
-    wire_page_seconds = wire_seconds / pages;
+  if (pass.past_pages() > 0) {
+    wire_page_seconds = wire_seconds / pass.past_pages();
   }
   if (prefill_rows == 0) {
     decode_cost.add(pass.rows(), seconds);

@@ -100,7 +100,7 @@ struct Engine::State {
   std::minstd_rand random;        // of linger
   double draft_row_seconds = 0;   // of one draft step per row, smoothed
   double draft_step_seconds = 0;  // of one draft step, smoothed
-  double wire_page_seconds = 0;   // of one page on its way in, all layers, smoothed
+  double wire_page_seconds = 0;   // of one page on its way in, all layers, in the last pass that had any
   PassCost decode_cost;
   std::unique_ptr<Wire> wire;  // last: its workers end before what they read and write
 };

@@ -18,16 +18,14 @@ namespace vericache {
 //   there. What reads it has random columns there, and the output head is a matrix of its own.
 // - Norms: the mean of squares is hidden / wide hidden of the trained one; the weights and eps make up for it.
 // - Heads: trained KV head j is wide KV head j, trained query head g of its group is query head g of the wide group.
-// The
-//   group's other query heads ask what the trained ones ask (g modulo the trained group), so that compressors that rank
-//   tokens by attention find the trained ranking. Other KV heads have random queries, keys and values. The output
+//   The group's other query heads ask what the trained ones ask (g modulo the trained group), so that compressors that
+//   rank tokens by attention find the trained ranking. Other KV heads have random queries, keys and values. The output
 //   projection of all but the trained heads is zero.
 // - Head size m times the trained one: rotated pair i becomes pair m i, which turns at the same rate. The other
 //   dimensions are zero in queries and random in keys and values; the query weights carry the factor sqrt(m) that the
 //   attention scale lost, and are rounded to bf16 once more.
 // - MLP: the trained channels come first, the others are random and project down to zero. Layers behind the trained
-// ones
-//   are random and write zero to the stream.
+//   ones are random and write zero to the stream.
 //
 // The vocabulary stays the trained one's (the embedding and the head are smaller than the large model's), as do
 // positions, biases and the absence of q/k norms.

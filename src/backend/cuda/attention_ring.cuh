@@ -9,12 +9,6 @@
 
 namespace vericache::cuda {
 
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-#define VERICACHE_BULK_PARTS  // the copy engine loads a part; before it, all threads did
-#endif
-
-constexpr unsigned kAllLanes = 0xffffffffu;
-
 // The pages of one KV head that a block walks: of full KV, past pages and then tail pages are the absolute pages.
 struct BlockWalk {
   const std::byte* const* past;
@@ -53,7 +47,7 @@ class PartRing {
       : slots_(slots), control_(control), parts_(2 * walk.count) {
     if (threadIdx.x == 0) {
       control->walk = walk;
-#ifdef VERICACHE_BULK_PARTS
+#ifdef VERICACHE_COPY_ENGINE
       for (int slot = 0; slot < kSlots; ++slot) {
         barrier_init(shared_address(&control->full[slot]));
         asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&control->empty[slot])), "r"(Warps)
@@ -63,7 +57,7 @@ class PartRing {
 #endif
     }
     __syncthreads();
-#ifdef VERICACHE_BULK_PARTS
+#ifdef VERICACHE_COPY_ENGINE
     if (threadIdx.x < 32) {
       fetch_addresses(0);
       fetch_addresses(32);
@@ -83,7 +77,7 @@ class PartRing {
 
   // Waits until a part has arrived.
   __device__ __forceinline__ const std::byte* acquire(unsigned part) {
-#ifdef VERICACHE_BULK_PARTS
+#ifdef VERICACHE_COPY_ENGINE
     barrier_wait(shared_address(&control_->full[part % kSlots]), part / kSlots % 2);
 #else
     // One group of copies per part, so that all but the youngest kSlots - 2 are the parts up to this one. Behind the
@@ -97,7 +91,7 @@ class PartRing {
 
   // The calling warp will not read the part again.
   __device__ __forceinline__ void release(unsigned part) {
-#ifdef VERICACHE_BULK_PARTS
+#ifdef VERICACHE_COPY_ENGINE
     __syncwarp();
     if (Warps > 1 && threadIdx.x % 32 == 0) {
       asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&control_->empty[part % kSlots]))
@@ -123,7 +117,7 @@ class PartRing {
   }
 
  private:
-#ifdef VERICACHE_BULK_PARTS
+#ifdef VERICACHE_COPY_ENGINE
   // The addresses of 32 pages begin to arrive; the first warp.
   __device__ void fetch_addresses(int index) {
     const int mine = index + static_cast<int>(threadIdx.x);

@@ -167,7 +167,7 @@ constexpr int kFoldThreads = 256;
 template <typename Join>
 __device__ float reduce_block(float value, float* of_warps, const Join& join) {
   for (int reach = 16; reach > 0; reach /= 2) {
-    value = join(value, __shfl_xor_sync(0xffffffffu, value, reach));
+    value = join(value, __shfl_xor_sync(kAllLanes, value, reach));
   }
   __syncthreads();
   if (threadIdx.x % 32 == 0) {

@@ -60,7 +60,7 @@ class DraftWarp {
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
       for (int reach = 4; reach < 32; reach *= 2) {
-        sum_[i] += __shfl_xor_sync(0xffffffffu, sum_[i], reach);
+        sum_[i] += __shfl_xor_sync(kAllLanes, sum_[i], reach);
       }
       if (g_ == 0) {
         out[kTileHeads * kRowFloats + 2 * c_ + i] = top_[i];
@@ -207,7 +207,7 @@ class DraftWarp {
       most[1] = fmaxf(most[1], scores[block / 2][block % 2 * 2 + 1]);
     }
     const bool above = most[0] * scale_log2 > top_[0] + kSlack || most[1] * scale_log2 > top_[1] + kSlack;
-    if (__any_sync(0xffffffffu, above)) {
+    if (__any_sync(kAllLanes, above)) {
       raise_top(most[0] * scale_log2, most[1] * scale_log2);
     }
 #pragma unroll
@@ -231,7 +231,7 @@ class DraftWarp {
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
       for (int reach = 4; reach < 32; reach *= 2) {
-        most[i] = fmaxf(most[i], __shfl_xor_sync(0xffffffffu, most[i], reach));
+        most[i] = fmaxf(most[i], __shfl_xor_sync(kAllLanes, most[i], reach));
       }
       most[i] = fmaxf(most[i], top_[i]);
       keep[i] = exp2_approx(top_[i] - most[i]);  // 0 at first

@@ -5,12 +5,7 @@
 #include <cstddef>
 
 #include "backend/kv_view.h"
-
-#ifdef __CUDACC__
-#define VERICACHE_BOTH __host__ __device__
-#else
-#define VERICACHE_BOTH
-#endif
+#include "base/host_device.h"
 
 namespace vericache::cuda {
 

@@ -35,19 +35,27 @@ struct Limits {
   int max_context_tokens = 0;
 };
 
-// row_ops.cu
+// lane_ops.cu
 // Whether this build holds kernels that the current GPU can run.
 bool kernels_fit_gpu();
+// source: pinned host memory.
+void upload(std::byte* target, const std::byte* source, size_t bytes, cudaStream_t stream);
+void delay(int microseconds, cudaStream_t stream);
+
+// random_fill.cu
+void fill_random(PackedMatrix& matrix, uint64_t seed, float scale, cudaStream_t stream);
+
+// row_ops.cu
 void embed(const PackedMatrix& table, const StagedPass& pass, float* out, cudaStream_t stream);
 void add_bias(const float* bias, int rows, int dim, float* y, cudaStream_t stream);
 void rms_norm(const float* x, const float* weight, float eps, int rows, int dim, bf16* out, cudaStream_t stream);
 void silu_mul(const float* gate_up, int rows, int dim, bf16* out, cudaStream_t stream);
-void store_qkv(const QkvArgs& args, const StagedPass& pass, cudaStream_t stream);
 void select_rows(const float* x, const StagedPass& pass, int dim, float* out, cudaStream_t stream);
+
+// store_qkv.cu
+void store_qkv(const QkvArgs& args, const StagedPass& pass, cudaStream_t stream);
 void keep_queries(const bf16* q, const float* log_sum_exp, int heads, const KvShape& shape, const StagedPass& pass,
                   int layer, cudaStream_t stream);
-void fill_random(PackedMatrix& matrix, uint64_t seed, float scale, cudaStream_t stream);
-void delay(int microseconds, cudaStream_t stream);
 
 // attention.cu: full KV, exact: the same bits for a row whatever stands beside it.
 // A unit of work: some stacked rows (row * group + head of the group) of one sequence; see plan_attention.
@@ -86,16 +94,15 @@ void quantize_head_page(const std::byte* source, int tokens, const KvShape& shap
 void dequantize_head_page(const std::byte* source, const KvShape& shape, const KvFormat& format, std::byte* out,
                           cudaStream_t stream);
 
-// scores.cu
+// attention_mass.cu
 void attention_mass(const MassArgs& args, cudaStream_t stream);
+
+// scores.cu
 void pool_mass(const float* mass, int rows, int n, int reach, int always, float* scores, cudaStream_t stream);
 void choose_best(const float* scores, int rows, int n, int count, int* chosen, int stride, cudaStream_t stream);
 
 // sampling.cu
 void choose(const float* logits, const StagedPass& pass, int vocabulary, cudaStream_t stream);
-
-// upload.cu: source is pinned host memory.
-void upload(std::byte* target, const std::byte* source, size_t bytes, cudaStream_t stream);
 
 // checksum.cu. scratch: two words of device memory, zero before the first call, one pair for each stream.
 void checksum(const BlockRow& blocks, uint64_t* checksums, cudaStream_t stream);

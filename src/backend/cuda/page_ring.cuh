@@ -7,10 +7,6 @@
 
 namespace vericache::cuda {
 
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-#define VERICACHE_COPY_ENGINE
-#endif
-
 // Pages first, first + step, ... below last. Of each, all pieces of K come, then all of V.
 struct PageWalk {
   std::byte* const* pages = nullptr;
@@ -79,7 +75,7 @@ class PageRing {
       const int mine = min(copied_ + lane_, count_ - 1);
       addresses_ = reinterpret_cast<uint64_t>(walk_.pages[walk_.first + mine * walk_.step]);
     }
-    source_ = reinterpret_cast<const std::byte*>(__shfl_sync(0xffffffffu, addresses_, copied_ % 32));
+    source_ = reinterpret_cast<const std::byte*>(__shfl_sync(kAllLanes, addresses_, copied_ % 32));
   }
 
   __device__ void copy_next(int stage) {

@@ -8,6 +8,7 @@
 
 namespace vericache::cuda {
 
+constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // c (16 x 8) += a (16 x 16) b (16 x 8), bf16 in, float out. Lane 4 g + q holds
@@ -31,7 +32,7 @@ __device__ inline uint32_t transpose_pairs(uint32_t pairs) {
 
 // The value of lane 0, known to the compiler as the same in all lanes.
 __device__ inline int uniform(int value) {
-  return __shfl_sync(0xffffffffu, value, 0);
+  return __shfl_sync(kAllLanes, value, 0);
 }
 
 // (word & mask) | bits in one instruction: with two constants the compiler makes two.
@@ -71,6 +72,10 @@ __device__ inline uint32_t shared_address(const void* pointer) {
 }
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define VERICACHE_COPY_ENGINE  // before it, all threads copied
+#endif
+
+#ifdef VERICACHE_COPY_ENGINE
 // The copy engine of a multiprocessor writes shared memory and counts the bytes on a barrier of 8 bytes in shared
 // memory. One lane calls.
 __device__ inline void barrier_init(uint32_t barrier) {

@@ -1,5 +1,5 @@
-// Small uploads, read from pinned host memory by a kernel: a copy engine would queue them behind what the wire brings.
-// Cut into vectors as wide as both addresses allow, a few blocks in all.
+// What a lane does beside computing. Small uploads are read from pinned host memory by a kernel, in vectors as wide as
+// both addresses allow, a few blocks in all: a copy engine would queue them behind what the wire brings.
 #include <algorithm>
 
 #include "backend/cuda/ops.h"
@@ -45,7 +45,24 @@ void launch(std::byte* target, const std::byte* source, size_t bytes, cudaStream
   check_cuda(cudaGetLastError(), "uploading");
 }
 
+__global__ void delay_kernel(uint64_t nanoseconds) {
+  uint64_t begin;
+  uint64_t now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(begin));
+  do {
+    __nanosleep(1000);
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+  } while (now - begin < nanoseconds);
+}
+
 }  // namespace
+
+bool kernels_fit_gpu() {
+  cudaFuncAttributes attributes;
+  const bool fit = cudaFuncGetAttributes(&attributes, delay_kernel) == cudaSuccess;
+  (void)cudaGetLastError();
+  return fit;
+}
 
 void upload(std::byte* target, const std::byte* source, size_t bytes, cudaStream_t stream) {
   const auto both = reinterpret_cast<uintptr_t>(target) | reinterpret_cast<uintptr_t>(source);
@@ -56,6 +73,11 @@ void upload(std::byte* target, const std::byte* source, size_t bytes, cudaStream
     launch<uint32_t>(target, source, whole, stream);
   }
   launch<unsigned char>(target + whole, source + whole, bytes - whole, stream);
+}
+
+void delay(int microseconds, cudaStream_t stream) {
+  delay_kernel<<<1, 1, 0, stream>>>(static_cast<uint64_t>(microseconds) * 1000);
+  check_cuda(cudaGetLastError(), "delay");
 }
 
 }  // namespace vericache::cuda
