@@ -104,6 +104,14 @@ void add_engine_flags(CLI::App& command, EngineFlags& flags) {
   command.add_option("--wire-gbps", o.wire_gbps, "Cap the link between the tiers, GB/s each way (default: none)")
       ->check(CLI::Range(0.0, 1e6));
   command
+      .add_option(
+          "--wire-form", o.wire_form,
+          "How the full KV crosses the link: plain (bf16 pages), coded (what the resident part lacks, exactly), "
+          "auto (coded on a GPU)")
+      ->transform(CLI::CheckedTransformer(std::map<std::string, WireForm>{
+          {"auto", WireForm::automatic}, {"plain", WireForm::plain}, {"coded", WireForm::coded}}))
+      ->option_text("TEXT:{auto,plain,coded}=auto");
+  command
       .add_option("--max-model-len", o.max_model_len,
                   "Most tokens of one sequence, prompt and output (default: what the work needs)")
       ->check(CLI::Range(2, 1 << 24));

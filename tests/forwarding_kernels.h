@@ -71,6 +71,8 @@ class ForwardingKernels : public Kernels {
 
   void copy(std::span<const BlockCopy> copies) override { k_.copy(copies); }
   void zero(std::byte* target, size_t bytes) override { k_.zero(target, bytes); }
+  void encode(const EncodeArgs& args) override { k_.encode(args); }
+  void decode(const DecodeArgs& args) override { k_.decode(args); }
   void delay(int microseconds) override { k_.delay(microseconds); }
   void checksum(const BlockRow& blocks, uint64_t* checksums) override { k_.checksum(blocks, checksums); }
   void prove(const BlockRow& blocks, const uint64_t* checksums, uint32_t* mismatches) override {

@@ -228,6 +228,17 @@ class SimulatedGpu {
     void zero(std::byte* target, size_t bytes) override {
       push([=](Kernels& cpu, const PassRows&) { cpu.zero(target, bytes); });
     }
+    void encode(const EncodeArgs& args) override {
+      push([args, pages = std::vector<const std::byte*>(args.pages.begin(), args.pages.end())](Kernels& cpu,
+                                                                                               const PassRows&) {
+        EncodeArgs placed = args;
+        placed.pages = pages;
+        cpu.encode(placed);
+      });
+    }
+    void decode(const DecodeArgs& args) override {
+      push([args](Kernels& cpu, const PassRows&) { cpu.decode(args); });
+    }
     void delay(int microseconds) override {
       Item item;
       item.idle_turns = microseconds / 10;

@@ -48,7 +48,7 @@ inline std::unique_ptr<Kernels> make_test_kernels(BackendOptions options) {
 
 // What make_test_kernels can be asked for on this device: a GPU has one instruction class, and no threads to count.
 inline std::vector<std::string> tested_isas() {
-  return tested_name() == "cpu" ? supported_isas() : std::vector<std::string>{""};
+  return tested_name() == "cpu" ? ::vericache::supported_isas() : std::vector<std::string>{""};
 }
 inline std::vector<int> tested_threads() {
   return tested_name() == "cpu" ? std::vector<int>{1, 2, 3} : std::vector<int>{2};

@@ -9,6 +9,7 @@
 
 #include "backend/device.h"
 #include "backend/kv_view.h"
+#include "backend/residual_code.h"
 #include "backend/sampling.h"
 #include "base/bf16.h"
 #include "base/token.h"
@@ -152,6 +153,30 @@ struct BlockCopy {
   size_t bytes = 0;
 };
 
+// Pages of full KV of one layer into the form in which they cross the wire (residual_code.h).
+struct EncodeArgs {
+  static constexpr int kMostPages = 8;
+  KvShape shape{};
+  ResidualCode code = ResidualCode::lossless;
+  std::span<const std::byte* const> pages{};  // bf16, kMostPages at most; the span itself is host memory
+  KvView resident{};                          // the same tokens in resident form, from page `first` on
+  int first = 0;
+  uint32_t* sizes = nullptr;  // scratch: (pages, kv_heads)
+  std::byte* out = nullptr;   // room for residual_bound() a page: they lie one after the other
+  uint32_t* ends = nullptr;   // (pages): where each ends, in units from `out`; host memory that the device reaches
+};
+
+// The way back: pages [0, count) of one layer.
+struct DecodeArgs {
+  KvShape shape{};
+  ResidualCode code = ResidualCode::lossless;
+  const std::byte* in = nullptr;   // encoded pages, one after the other
+  const uint32_t* ends = nullptr;  // (count), as EncodeArgs'
+  int count = 0;
+  KvView resident{};
+  std::byte* out = nullptr;  // bf16 pages, one after the other
+};
+
 class Kernels : public Lane {
  public:
   virtual std::string_view name() const = 0;  // for logs and `inspect`, e.g. "cpu avx512_bf16, 2 threads"
@@ -229,6 +254,9 @@ class Kernels : public Lane {
   // For the wire: between device memory and host memory that it reaches, or within one of them.
   virtual void copy(std::span<const BlockCopy> copies) = 0;
   virtual void zero(std::byte* target, size_t bytes) = 0;
+  // On an addressable device any thread may call these two, and they are done on return.
+  virtual void encode(const EncodeArgs& args) = 0;
+  virtual void decode(const DecodeArgs& args) = 0;
   // For tests: the lane does nothing for so long, so that work that fails to wait for it is found out.
   virtual void delay(int microseconds) { (void)microseconds; }
   // One checksum per block; checksums is host memory that the device reaches.

@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "base/bf16.h"
+#include "base/host_device.h"
 
 namespace vericache {
 
@@ -18,7 +19,7 @@ struct KvShape {
   int kv_heads = 0;
   int head_dim = 0;  // a multiple of 16
   // Keys are the K dimension of a product, which runs in steps of 32 (one matrix-unit tile).
-  int key_dim() const { return (head_dim + 31) / 32 * 32; }
+  VERICACHE_BOTH int key_dim() const { return (head_dim + 31) / 32 * 32; }
   friend bool operator==(const KvShape&, const KvShape&) = default;
 };
 

@@ -59,8 +59,14 @@ class Compressor {
   size_t resident_bytes(int tokens, const KvShape& shape) const;
   // The most resident tokens of one head out of `tokens`.
   virtual int kept_tokens(int tokens) const { return tokens; }
-  // What crosses the wire for one verification at `tokens` tokens, all layers.
-  virtual size_t wire_bytes(int tokens, const KvShape& shape) const = 0;
+  // The code in which the full KV crosses the wire: `resident` where the resident part holds the same tokens page for
+  // page and a page never changes once it is made; `plain` where nothing crosses.
+  virtual ResidualCode residual_code() const { return ResidualCode::lossless; }
+  // Of a bf16 page, what its encoded form is expected to take: 8-bit codes leave 3.6 of 16 bits open
+  // (docs/compressors.md).
+  double coded_share() const;
+  // What crosses the wire for one verification at `tokens` tokens, all layers, in that form: about so much.
+  size_t wire_bytes(int tokens, const KvShape& shape) const;
 
   // Makes `out` stand for tokens [0, fresh.end) of `full`; it stands for [0, fresh.begin) now. Enqueued on the lane.
   // false: the pool is out of pages (admission reserves them, so this is a bug where it is checked).

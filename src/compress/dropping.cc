@@ -16,12 +16,6 @@ std::string DroppingCompressor::format_suffix() const {
   return format_.exact() ? "" : "+" + PagedCompressor(format_).name();
 }
 
-size_t DroppingCompressor::wire_bytes(int tokens, const KvShape& shape) const {
-  const int whole = tokens / kPageTokens * kPageTokens;
-  const int crossing = format_.exact() ? whole - kept_tokens(whole) : whole;
-  return static_cast<size_t>(crossing) * (page_bytes(shape) / kPageTokens) * static_cast<size_t>(shape.layers);
-}
-
 bool DroppingCompressor::compress(Kernels& kernels, const FullLayer& full, TokenRange fresh, const Attended& seen,
                                   ResidentLayer& out) {
   const int count = kept_tokens(fresh.end);

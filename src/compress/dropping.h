@@ -18,7 +18,6 @@ class DroppingCompressor : public Compressor {
  public:
   KvFormat format() const final { return format_; }
   bool chooses_anew() const final { return true; }
-  size_t wire_bytes(int tokens, const KvShape& shape) const final;
   bool compress(Kernels& kernels, const FullLayer& full, TokenRange fresh, const Attended& seen,
                 ResidentLayer& out) final;
 

@@ -12,13 +12,6 @@ std::string PagedCompressor::name() const {
                                                 : fmt::format("kivi:k={},v={}", format_.key_bits, format_.value_bits);
 }
 
-// Nothing crosses for what is kept as it was; a quantized page crosses whole, as bf16.
-size_t PagedCompressor::wire_bytes(int tokens, const KvShape& shape) const {
-  return format_.exact()
-             ? 0
-             : static_cast<size_t>(tokens / kPageTokens) * static_cast<size_t>(shape.layers) * page_bytes(shape);
-}
-
 bool PagedCompressor::compress(Kernels& kernels, const FullLayer& full, TokenRange fresh, const Attended& /*seen*/,
                                ResidentLayer& out) {
   const KvShape& shape = full.shape;

@@ -66,24 +66,22 @@ Engine::State::State(const Transformer& model, Device& device, std::unique_ptr<C
   }
   if (!plan.full_on_device) {
     host_pool = make_pool(*host, extent_bytes(shape), plan.host_extents, "the host tier");
-    checksum_pool = make_pool(*host, plan.checksum_bytes, options.max_sequences, "checksums");
-    wire = make_wire(shape,
-                     {.gbps = options.wire_gbps,
-                      .ring_layers = options.ring_layers,
-                      .slot_pages = plan.staging_pages,
-                      .inject_delay_us = options.inject_delay_us,
-                      .inject_corruption_every = options.inject_corruption_every,
-                      .trace = options.trace},
-                     device, *host, model.kernels());
+    record_pool = make_pool(*host, plan.record_bytes, options.max_sequences, "checksums");
+    WireOptions wire_options = plan.wire;
+    wire_options.inject_delay_us = options.inject_delay_us;
+    wire_options.inject_corruption_every = options.inject_corruption_every;
+    wire_options.trace = options.trace;
+    wire = make_wire(shape, wire_options, device, *host, model.kernels());
   }
-  scheduler = std::make_unique<Scheduler>(SchedulerLimits{.max_sequences = options.max_sequences,
-                                                          .pass_rows = options.pass_rows,
-                                                          .logit_rows = plan.logit_rows,
-                                                          .staging_pages = plan.full_on_device ? 0 : plan.staging_pages,
-                                                          .resident_pages = plan.resident_pages,
-                                                          .host_extents = plan.host_extents,
-                                                          .open_passes = plan.full_on_device ? 1 : 2,
-                                                          .drafting = plan.most_drafts > 0});
+  scheduler =
+      std::make_unique<Scheduler>(SchedulerLimits{.max_sequences = options.max_sequences,
+                                                  .pass_rows = options.pass_rows,
+                                                  .logit_rows = plan.logit_rows,
+                                                  .staging_pages = plan.full_on_device ? 0 : plan.wire.slot_pages,
+                                                  .resident_pages = plan.resident_pages,
+                                                  .host_extents = plan.host_extents,
+                                                  .open_passes = plan.full_on_device ? 1 : 2,
+                                                  .drafting = plan.most_drafts > 0});
   stats.weight_bytes = model.weights().bytes;
   stats.activation_bytes = plan.activation_bytes;
   stats.tail_pool_bytes = plan.tail_bytes;
@@ -129,7 +127,8 @@ SeqId Engine::State::submit(Request request) {
   const int length = prompt + sequence->max_tokens;
   Needs needs;
   needs.resident_pages = compressor != nullptr ? resident_pages_for(*compressor, length, shape) : 0;
-  needs.host_extents = plan.full_on_device ? 0 : extents_for((length + kPageTokens - 1) / kPageTokens, shape);
+  needs.host_extents =
+      plan.full_on_device ? 0 : extents_for((length + kPageTokens - 1) / kPageTokens, shape, plan.wire.code);
   if (needs.resident_pages > plan.resident_pages || needs.host_extents > plan.host_extents) {
     throw Error(
         "a sequence of {} tokens does not fit the KV pools; raise --device-memory or --host-memory, or lower "
@@ -160,7 +159,8 @@ void Engine::State::admit(SeqId id) {
     s.resident->settle(draft_lane);  // the tables' last owner has left its counts there
   }
   if (!plan.full_on_device) {
-    s.full = std::make_unique<FullKv>(shape, *host_pool, *checksum_pool, (length + kPageTokens - 1) / kPageTokens);
+    s.full = std::make_unique<FullKv>(shape, plan.wire.code, *host_pool, *record_pool,
+                                      (length + kPageTokens - 1) / kPageTokens);
     while (!s.full->reachable(*host)) {
       std::this_thread::sleep_for(std::chrono::milliseconds(1));  // its slabs are still being pinned
     }
@@ -308,7 +308,7 @@ const EngineStats& Engine::stats() const {
 bool Engine::pools_whole() const {
   for (const PagePool* pool :
        {state_->tail_pool.get(), state_->resident_pool.get(), state_->host_pool.get(), state_->window_pool.get(),
-        state_->index_pool.get(), state_->board_pool.get(), state_->checksum_pool.get()}) {
+        state_->index_pool.get(), state_->board_pool.get(), state_->record_pool.get()}) {
     if (pool != nullptr && pool->used() != 0) {
       return false;
     }

@@ -25,8 +25,8 @@ FullPass::FullPass(const Transformer& model, Compressor* compressor, Wire* wire,
     member.fold_end = (member.position + member.backlog_rows) / kPageTokens * kPageTokens;
     member.first_staged = staged;
     if (wire != nullptr) {
-      const bool exact = compressor != nullptr && compressor->format().exact();
-      parts.push_back({sequence.full.get(), exact ? sequence.resident.get() : nullptr, member.past_pages, staged});
+      const bool joined = sequence.full->code() == ResidualCode::resident;
+      parts.push_back({sequence.full.get(), joined ? sequence.resident.get() : nullptr, member.past_pages, staged});
       staged += member.past_pages;
     }
   }

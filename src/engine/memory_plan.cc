@@ -58,6 +58,18 @@ MemoryPlan fixed_sizes(const Transformer& model, const Compressor* compressor, c
   return plan;
 }
 
+// The full KV of a streaming engine has no resident part to be joined with.
+WireOptions wire_options(const Compressor* compressor, bool streaming, const EngineOptions& o, const Device& device) {
+  WireOptions wire{.gbps = o.wire_gbps, .ring_layers = o.ring_layers};
+  const bool coded = o.wire_form == WireForm::automatic ? !device.addressable() : o.wire_form == WireForm::coded;
+  if (coded) {
+    const bool own = streaming || compressor == nullptr;
+    wire.code = own ? ResidualCode::lossless : compressor->residual_code();
+    wire.coded_share = own ? 0.72 : compressor->coded_share();
+  }
+  return wire;
+}
+
 }  // namespace
 
 int resident_pages_for(const Compressor& compressor, int tokens, const KvShape& shape) {
@@ -103,8 +115,11 @@ MemoryPlan plan_memory(const Transformer& model, const Compressor* compressor, c
     sequence_pages = resident_pages_for(*compressor, plan.max_len, shape);
   }
   const size_t sequence_bytes = static_cast<size_t>(sequence_pages) * head_page;
+  plan.wire = wire_options(compressor, plan.streaming, o, device);
   const auto staging_for = [&](size_t contexts) {
-    return Staging::bytes(shape, o.ring_layers, max_pages * static_cast<int>(contexts));
+    WireOptions wire = plan.wire;
+    wire.slot_pages = max_pages * static_cast<int>(contexts);
+    return wire_device_bytes(shape, wire, device);
   };
   const size_t staging = plan.full_on_device ? 0 : staging_for(1);
   const size_t least = fixed + staging + aligned(sequence_bytes);
@@ -129,10 +144,10 @@ MemoryPlan plan_memory(const Transformer& model, const Compressor* compressor, c
     while (contexts > 1 && staging_for(contexts) - staging > left) {
       --contexts;
     }
-    plan.staging_pages = max_pages * static_cast<int>(contexts);
+    plan.wire.slot_pages = max_pages * static_cast<int>(contexts);
     plan.staging_bytes = staging_for(contexts);
     const size_t extent = extent_bytes(shape);
-    const size_t sequence_extents = static_cast<size_t>(extents_for(max_pages, shape));
+    const size_t sequence_extents = static_cast<size_t>(extents_for(max_pages, shape, plan.wire.code));
     size_t extents = sequences * sequence_extents;
     if (o.host_memory > 0) {
       extents = std::min(extents, o.host_memory / extent);
@@ -142,8 +157,8 @@ MemoryPlan plan_memory(const Transformer& model, const Compressor* compressor, c
                   plan.max_len, megabytes(sequence_extents * extent));
     }
     plan.host_extents = static_cast<int>(extents);
-    plan.checksum_bytes = aligned(FullKv::checksum_bytes(shape, max_pages));
-    plan.host_bytes = aligned(extents * extent) + sequences * plan.checksum_bytes;
+    plan.record_bytes = aligned(FullKv::record_bytes(shape, max_pages));
+    plan.host_bytes = aligned(extents * extent) + sequences * plan.record_bytes + wire_host_bytes(shape);
   }
   // A draft may stand behind the last token that can be decided.
   plan.board_bytes = aligned(static_cast<size_t>(plan.max_len + 2 * plan.most_drafts + 2) * sizeof(TokenId));
@@ -171,8 +186,9 @@ int sequences_that_fit(const Transformer& model, const Compressor* compressor, c
     const int max_pages = pages_for(plan.max_len);
     const int pages = plan.resident_head_pages * shape.layers * shape.kv_heads;
     const bool resident = plan.streaming || plan.resident_pages >= count * pages;
-    const bool staged = !plan.streaming || plan.staging_pages >= count * max_pages;
-    const bool stored = plan.full_on_device || plan.host_extents >= count * extents_for(max_pages, shape);
+    const bool staged = !plan.streaming || plan.wire.slot_pages >= count * max_pages;
+    const bool stored =
+        plan.full_on_device || plan.host_extents >= count * extents_for(max_pages, shape, plan.wire.code);
     if (!resident || !staged || !stored) {
       return fit;
     }

@@ -19,7 +19,7 @@ struct MemoryPlan {
   int decode_sets = 0;     // tail page sets that a decoding sequence may need
   int sequence_sets = 0;   // the most that one may hold while it prefills
   int tail_sets = 0;       // in the pool
-  int staging_pages = 0;   // a slot's
+  WireOptions wire;        // slot_pages: of all sequences in a pass
   int resident_pages = 0;  // head pages in the pool
   int host_extents = 0;
   size_t query_window_bytes = 0;  // of one sequence
@@ -32,9 +32,9 @@ struct MemoryPlan {
   size_t tail_bytes = 0;
   size_t staging_bytes = 0;
   size_t resident_bytes = 0;
-  size_t board_bytes = 0;     // of one sequence's tokens
-  size_t checksum_bytes = 0;  // of one sequence's pages
-  size_t host_bytes = 0;      // the host tier, boards, checksums, results
+  size_t board_bytes = 0;   // of one sequence's tokens
+  size_t record_bytes = 0;  // of one sequence's pages: checksums and ends
+  size_t host_bytes = 0;    // the host tier, boards, records, results
 };
 
 // Error, naming the least budget that works, if what the device has left or the host budget cannot hold one sequence

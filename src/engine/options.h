@@ -5,6 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kv/wire.h"
+
 namespace vericache {
 
 class Trace;
@@ -21,6 +23,7 @@ struct EngineOptions {
   int pass_rows = 512;     // rows of one full pass: the prefill chunk
   size_t host_memory = 0;  // bytes for the full KV outside the device; 0 = what max_sequences of max_model_len need
   double wire_gbps = 0;    // bandwidth cap of the wire in GB/s, each direction; 0 = none
+  WireForm wire_form = WireForm::automatic;
   int ring_layers = 3;     // layers of full KV that staging holds
   Trace* trace = nullptr;  // what the lanes do goes there; outlives the engine
   // For tests: delays (us, random up to this) at every point where a lane hands over to another; corruption of stored

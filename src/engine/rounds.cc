@@ -130,7 +130,7 @@ void Engine::State::fold(const FullPassMember& member) {
     for (int page = s.storing; page < s.folded / kPageTokens; ++page) {
       sets.push_back(s.tail->set(page));
     }
-    wire->store(*s.full, s.storing, std::move(sets));
+    wire->store(*s.full, s.storing, std::move(sets), s.resident.get());
     s.storing = s.folded / kPageTokens;
   }
   release_tail(s);

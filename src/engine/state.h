@@ -73,7 +73,7 @@ struct Engine::State {
   Kernels& draft_lane;           // the same on a CPU
   std::unique_ptr<Device> host;  // memory of the host that the device reaches: the host tier, boards, results
   std::unique_ptr<PagePool> board_pool;
-  std::unique_ptr<PagePool> checksum_pool;
+  std::unique_ptr<PagePool> record_pool;
   std::unique_ptr<PagePool> index_pool;
   std::unique_ptr<PagePool> tail_pool;
   std::unique_ptr<PagePool> resident_pool;

@@ -1,8 +1,10 @@
-// Host tier: the full KV of every sequence in host memory, in extents of one layer, with a checksum per page.
+// Host tier: the full KV of every sequence in host memory, in extents of one layer, in the form in which it crosses the
+// wire, with a checksum per page.
 // Reservation on the engine's thread; pages are written and read by the wire's workers, each page by one of them at a
 // time.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -10,31 +12,36 @@
 
 #include "backend/device.h"
 #include "backend/kv_view.h"
+#include "backend/residual_code.h"
 #include "kv/page_pool.h"
 
 namespace vericache {
 
-// An extent holds pages of one layer that lie together: 1 MiB or more, the size from which a transfer runs at the
-// link's speed.
-inline int extent_pages(const KvShape& shape) {
-  constexpr size_t kExtentBytes = size_t{1} << 20;
-  return static_cast<int>((kExtentBytes + page_bytes(shape) - 1) / page_bytes(shape));
-}
+// An extent holds bytes of one layer that lie together: 1 MiB or more, the size from which a transfer runs at the
+// link's speed. A whole number of plain pages.
 inline size_t extent_bytes(const KvShape& shape) {
-  return static_cast<size_t>(extent_pages(shape)) * page_bytes(shape);
+  constexpr size_t kExtentBytes = size_t{1} << 20;
+  return (kExtentBytes + page_bytes(shape) - 1) / page_bytes(shape) * page_bytes(shape);
 }
-// Extents that `pages` pages of every layer take.
-inline int extents_for(int pages, const KvShape& shape) {
-  return (pages + extent_pages(shape) - 1) / extent_pages(shape) * shape.layers;
+// The most bytes that a page takes in the host tier.
+inline size_t stored_page_bound(const KvShape& shape, ResidualCode code) {
+  return code == ResidualCode::plain ? page_bytes(shape) : residual_bound(shape);
+}
+// Extents that `pages` pages of every layer take at most.
+inline int extents_for(int pages, const KvShape& shape, ResidualCode code) {
+  const size_t bytes = static_cast<size_t>(pages) * stored_page_bound(shape, code);
+  return static_cast<int>((bytes + extent_bytes(shape) - 1) / extent_bytes(shape)) * shape.layers;
 }
 
-// The full KV of one sequence outside device memory: whole pages [0, stored()).
+// The full KV of one sequence outside device memory: whole pages [0, stored()). The pages of a layer are a stream of
+// bytes, one behind the other, that runs through its extents.
 class FullKv {
  public:
-  // Takes room for max_pages pages of every layer, and a block of checksum_bytes(...); the pools must have it.
-  FullKv(const KvShape& shape, PagePool& extents, PagePool& checksums, int max_pages);
-  static size_t checksum_bytes(const KvShape& shape, int max_pages) {
-    return static_cast<size_t>(shape.layers) * static_cast<size_t>(max_pages) * sizeof(uint64_t);
+  // Takes room for max_pages pages of every layer, and a block of record_bytes(...); the pools must have it.
+  FullKv(const KvShape& shape, ResidualCode code, PagePool& extents, PagePool& records, int max_pages);
+  // Checksums and ends.
+  static size_t record_bytes(const KvShape& shape, int max_pages) {
+    return static_cast<size_t>(shape.layers) * static_cast<size_t>(max_pages) * (sizeof(uint64_t) + sizeof(uint32_t));
   }
   ~FullKv();
   FullKv(const FullKv&) = delete;
@@ -42,33 +49,58 @@ class FullKv {
 
   // Whether lanes reach all of its extents by now; see Device::ready. They are blocks of one allocation of `host`.
   bool reachable(const Device& host) const;
+  ResidualCode code() const { return code_; }
   int max_pages() const { return max_pages_; }
   int stored() const { return stored_.load(std::memory_order_acquire); }
   void set_stored(int pages) { stored_.store(pages, std::memory_order_release); }
 
-  std::byte* page(int layer, int page) const {
-    return extents_[static_cast<size_t>(layer) * static_cast<size_t>(extents_per_layer_) +
-                    static_cast<size_t>(page / extent_pages_)] +
-           static_cast<size_t>(page % extent_pages_) * page_bytes_;
+  // Where a page begins and ends in its layer's stream. A page has its place once it is stored, or was placed.
+  size_t begin(int layer, int page) const { return page == 0 ? 0 : end(layer, page - 1); }
+  size_t end(int layer, int page) const { return ends_[record(layer, page)] * kResidualUnit; }
+  // Pages are placed in order; what was placed behind is forgotten.
+  void place(int layer, int page, size_t bytes) {
+    ends_[record(layer, page)] = static_cast<uint32_t>((begin(layer, page) + bytes) / kResidualUnit);
   }
-  uint64_t* checksums(int layer) const { return checksums_ + checksum_index(layer, 0); }
-  uint64_t& checksum(int layer, int page) { return checksums_[checksum_index(layer, page)]; }
-  uint64_t checksum(int layer, int page) const { return checksums_[checksum_index(layer, page)]; }
+  // In units of kResidualUnit. Host memory that the device reaches.
+  const uint32_t* ends(int layer) const { return ends_ + record(layer, 0); }
+  // visit(std::byte* memory, size_t offset, size_t bytes) for the pieces of bytes [begin, end) of a layer's stream that
+  // lie together; offset is that in the stream.
+  template <typename Visit>
+  void for_each_piece(int layer, size_t begin, size_t end, const Visit& visit) const {
+    while (begin < end) {
+      const size_t in_extent = begin % extent_bytes_;
+      const size_t bytes = std::min(end - begin, extent_bytes_ - in_extent);
+      visit(extents_[static_cast<size_t>(layer) * static_cast<size_t>(extents_per_layer_) + begin / extent_bytes_] +
+                in_extent,
+            begin, bytes);
+      begin += bytes;
+    }
+  }
+  std::byte* byte(int layer, size_t offset) const {
+    std::byte* at = nullptr;
+    for_each_piece(layer, offset, offset + 1, [&](std::byte* memory, size_t, size_t) { at = memory; });
+    return at;
+  }
+
+  uint64_t* checksums(int layer) const { return checksums_ + record(layer, 0); }
+  uint64_t& checksum(int layer, int page) { return checksums_[record(layer, page)]; }
+  uint64_t checksum(int layer, int page) const { return checksums_[record(layer, page)]; }
 
  private:
-  size_t checksum_index(int layer, int page) const {
+  size_t record(int layer, int page) const {
     return static_cast<size_t>(layer) * static_cast<size_t>(max_pages_) + static_cast<size_t>(page);
   }
 
   PagePool& pool_;
-  PagePool& checksum_pool_;
+  PagePool& record_pool_;
+  ResidualCode code_;
   int max_pages_;
-  int extent_pages_;
   int extents_per_layer_;
-  size_t page_bytes_;
+  size_t extent_bytes_;
   std::atomic<int> stored_ = 0;
   std::vector<std::byte*> extents_;  // (layers, extents_per_layer)
-  uint64_t* checksums_;              // (layers, max_pages): host memory that the device reaches
+  uint64_t* checksums_;              // (layers, max_pages), of plain pages: host memory that the device reaches
+  uint32_t* ends_;                   // (layers, max_pages): behind the checksums
 };
 
 }  // namespace vericache

@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <thread>
 
 #include "base/check.h"
@@ -12,6 +13,21 @@ namespace vericache {
 namespace {
 
 constexpr uint64_t kCounters = 4096;
+// Encoded layers in the ring at once, at most.
+constexpr size_t kCodedSlots = 8;
+// Page sets that are encoded before their sizes are looked at.
+constexpr int kBatchPages = 4;
+static_assert(kBatchPages <= EncodeArgs::kMostPages);
+
+// Room for `ring_layers` layers of the expected size, and for any one.
+size_t ring_bytes_for(const KvShape& shape, const WireOptions& options) {
+  const auto pages = static_cast<size_t>(options.slot_pages);
+  const auto expected = static_cast<size_t>(options.coded_share * static_cast<double>(page_bytes(shape)));
+  return std::max(static_cast<size_t>(options.ring_layers) * pages * expected, pages * residual_bound(shape));
+}
+size_t outgoing_bytes_for(const KvShape& shape) {
+  return static_cast<size_t>(shape.layers) * kBatchPages * residual_bound(shape);
+}
 
 }  // namespace
 
@@ -58,11 +74,19 @@ class LaneWire::LaneFetch final : public Fetch {
 };
 
 LaneWire::LaneWire(const KvShape& shape, const WireOptions& options, Device& device, Device& host, Kernels& kernels)
-    : Wire(shape, options, device),
+    : Wire(shape, options, options.code == ResidualCode::plain ? options.ring_layers : 1, device),
       in_(kernels.lane(Kernels::Place::wire_in)),
       out_(kernels.lane(Kernels::Place::wire_out)),
-      slots_(static_cast<size_t>(options.ring_layers)),
+      slots_(coded() ? kCodedSlots : static_cast<size_t>(options.ring_layers)),
       mismatches_(host.allocate_array<uint32_t>(kCounters, "the wire's counters")) {
+  if (coded()) {
+    ring_bytes_ = ring_bytes_for(shape, options);
+    ring_ = device.allocate(ring_bytes_, "staging");
+    outgoing_ = device.allocate(outgoing_bytes_for(shape), "staging");
+    outgoing_sizes_ =
+        device.allocate_array<uint32_t>(static_cast<size_t>(kBatchPages * shape.kv_heads), "staging's tables");
+    outgoing_ends_ = host.allocate_array<uint32_t>(static_cast<size_t>(shape.layers) * kBatchPages, "sizes");
+  }
   if (options.gbps > 0) {
     throw UsageError("--wire-gbps caps an imitated link; a GPU's link is the real one: leave the flag out");
   }
@@ -71,6 +95,20 @@ LaneWire::LaneWire(const KvShape& shape, const WireOptions& options, Device& dev
 LaneWire::~LaneWire() {
   in_.wait(in_.mark());
   out_.wait(out_.mark());
+}
+
+size_t LaneWire::device_bytes(const KvShape& shape, const WireOptions& options) {
+  if (options.code == ResidualCode::plain) {
+    return Staging::bytes(shape, options.ring_layers, options.slot_pages);
+  }
+  const auto aligned = [](size_t bytes) { return (bytes + 4095) / 4096 * 4096; };
+  return Staging::bytes(shape, 1, options.slot_pages) + aligned(ring_bytes_for(shape, options)) +
+         aligned(outgoing_bytes_for(shape)) +
+         aligned(static_cast<size_t>(kBatchPages * shape.kv_heads) * sizeof(uint32_t));
+}
+
+size_t LaneWire::host_bytes(const KvShape& shape) {
+  return (kCounters + static_cast<size_t>(shape.layers) * kBatchPages) * sizeof(uint32_t) + 2 * 4096;
 }
 
 std::shared_ptr<Fetch> LaneWire::fetch(std::vector<FetchPart> parts) {
@@ -88,11 +126,25 @@ std::shared_ptr<Fetch> LaneWire::fetch(std::vector<FetchPart> parts) {
   return fetch;
 }
 
-// Puts on the wire every layer whose slot has been released by then.
+// Puts on the wire every layer that has room by then.
 void LaneWire::pump() {
   while (sent_ < next_ticket_ && sent_ < released_ + slots_.size()) {
     LaneFetch& fetch = *fetches_.front();
     const int layer = static_cast<int>(sent_ - fetch.ticket(0));
+    if (coded()) {
+      size_t bytes = 0;
+      for (const FetchPart& part : fetch.parts()) {
+        bytes += part.pages > 0 ? part.full->end(layer, part.pages - 1) : 0;
+      }
+      Slot placed = slot(sent_);
+      if (!place(bytes, placed)) {
+        return;
+      }
+      if (slot(sent_).reader != nullptr) {
+        in_.follow(*slot(sent_).reader, slot(sent_).released);  // and with it everything released before
+      }
+      slot(sent_) = {.begin = placed.begin, .end = placed.end};
+    }
     send_layer(fetch, layer);
     ++sent_;
     if (layer + 1 == shape_.layers) {
@@ -101,26 +153,47 @@ void LaneWire::pump() {
   }
 }
 
+// In the ring, behind the layer that was sent last or at the ring's beginning. false: layers that are still to be
+// decoded lie there.
+bool LaneWire::place(size_t bytes, Slot& slot_to_be) const {
+  const size_t behind = sent_ == 0 ? 0 : slot(sent_ - 1).end;
+  slot_to_be.begin = behind + bytes <= ring_bytes_ ? behind : 0;
+  slot_to_be.end = slot_to_be.begin + bytes;
+  check(slot_to_be.end <= ring_bytes_, "the ring holds any layer of a fetch");
+  for (uint64_t ticket = released_; ticket < sent_; ++ticket) {
+    if (slot(ticket).begin < slot_to_be.end && slot_to_be.begin < slot(ticket).end) {
+      return false;
+    }
+  }
+  return true;
+}
+
 void LaneWire::send_layer(LaneFetch& fetch, int layer) {
   Slot& to = slot(fetch.ticket(layer));
-  if (to.reader != nullptr) {
+  if (coded()) {
+    // What was decoded from the same bytes has been read.
+    for (uint64_t ticket = sent_ < slots_.size() ? 0 : sent_ - slots_.size() + 1; ticket < released_; ++ticket) {
+      const Slot& other = slot(ticket);
+      if (other.begin < to.end && to.begin < other.end) {
+        in_.follow(*other.reader, other.released);
+      }
+    }
+  } else if (to.reader != nullptr) {
     in_.follow(*to.reader, to.released);
   }
   linger(in_);
   size_t bytes = 0;
   copies_.clear();
   for (const FetchPart& part : fetch.parts()) {
-    for (int page = 0; page < part.pages; ++page) {
-      std::byte* target = staged(fetch, layer, part.first_staged + page);
-      const std::byte* source = part.full->page(layer, page);
-      // Pages of an extent lie together, and so they do in staging.
-      if (page > 0 && copies_.back().source + copies_.back().bytes == source) {
-        copies_.back().bytes += page_bytes_;
-      } else {
-        copies_.push_back({target, source, page_bytes_});
-      }
-      bytes += page_bytes_;
+    if (part.pages == 0) {
+      continue;
     }
+    const size_t end = part.full->end(layer, part.pages - 1);
+    std::byte* target = coded() ? ring_ + to.begin + bytes : staged(fetch, layer, part.first_staged);
+    part.full->for_each_piece(layer, 0, end, [&](const std::byte* memory, size_t offset, size_t count) {
+      copies_.push_back({target + offset, memory, count});
+    });
+    bytes += end;
   }
   to.begun = in_.mark();
   in_.copy(copies_);
@@ -141,22 +214,39 @@ void LaneWire::wait(const Fetch& fetch, int layer) {
 
 void LaneWire::await(Fetch& fetch, int layer, Kernels& lane) {
   check(ready(fetch, layer), "a lane waits for a layer that is on the wire");
-  lane.follow(in_, slot(fetch.ticket(layer)).arrived);
+  const Slot& from = slot(fetch.ticket(layer));
+  lane.follow(in_, from.arrived);
   const auto& lane_fetch = static_cast<const LaneFetch&>(fetch);
+  const std::byte* in = ring_ + from.begin;
   for (size_t i = 0; i < fetch.parts().size(); ++i) {
     const FetchPart& part = fetch.parts()[i];
-    if (part.pages > 0) {
-      lane.prove({.first = staged(fetch, layer, part.first_staged),
-                  .stride = page_bytes_,
-                  .bytes = page_bytes_,
-                  .count = part.pages},
-                 part.full->checksums(layer), lane_fetch.mismatches(i));
+    if (part.pages == 0) {
+      continue;
     }
+    if (coded()) {
+      lane.decode({.shape = shape_,
+                   .code = options_.code,
+                   .in = in,
+                   .ends = part.full->ends(layer),
+                   .count = part.pages,
+                   .resident = resident_of(part, layer),
+                   .out = staged(fetch, layer, part.first_staged)});
+      in += part.full->end(layer, part.pages - 1);
+    }
+    lane.prove({.first = staged(fetch, layer, part.first_staged),
+                .stride = page_bytes_,
+                .bytes = page_bytes_,
+                .count = part.pages},
+               part.full->checksums(layer), lane_fetch.mismatches(i));
+  }
+  if (coded()) {
+    check(fetch.ticket(layer) == released_, "layers are decoded in order");
+    let_go(lane);
   }
 }
 
-void LaneWire::release(const Fetch& fetch, int layer, Kernels& lane) {
-  check(fetch.ticket(layer) == released_ && released_ < sent_, "layers are released in order");
+// The layer's bytes on the wire may be overwritten when the lane has come to here.
+void LaneWire::let_go(Kernels& lane) {
   linger(lane);
   Slot& from = slot(released_);
   from.released = lane.mark();
@@ -165,66 +255,156 @@ void LaneWire::release(const Fetch& fetch, int layer, Kernels& lane) {
   pump();
 }
 
+void LaneWire::release(const Fetch& fetch, int layer, Kernels& lane) {
+  const uint64_t ticket = fetch.ticket(layer);
+  check(ticket == (coded() ? released_ - 1 : released_) && ticket < sent_, "layers are released in order");
+  if (!coded()) {
+    let_go(lane);
+  }
+}
+
 // The pass that computed the pages is over: the host has seen its last mark.
-void LaneWire::store(FullKv& full, int first, std::vector<const std::byte*> page_sets) {
-  const int count = static_cast<int>(page_sets.size());
-  check(first + count <= full.max_pages(), "a store fits the room reserved for the sequence");
+void LaneWire::store(FullKv& full, int first, std::vector<const std::byte*> page_sets, const ResidentKv* resident) {
+  check(first + static_cast<int>(page_sets.size()) <= full.max_pages(),
+        "a store fits the room reserved for the sequence");
+  stores_.push_back({.full = &full, .first = first, .sets = std::move(page_sets), .resident = resident});
+  if (!coded()) {
+    begin_batch(stores_.back());
+  }
+  advance_stores();
+}
+
+void LaneWire::advance_stores() {
+  while (!stores_.empty()) {
+    Store& store = stores_.front();
+    if (store.batch == 0) {
+      begin_batch(store);
+    }
+    if (store.copied == 0) {
+      if (!out_.reached(store.encoded)) {
+        return;
+      }
+      copy_batch(store);
+    }
+    if (!out_.reached(store.copied)) {
+      return;
+    }
+    end_batch(store);
+    if (store.done == store.count()) {
+      stores_.pop_front();
+    }
+  }
+}
+
+void LaneWire::begin_batch(Store& store) {
+  store.batch = coded() ? std::min(kBatchPages, store.count() - store.done) : store.count();
+  store.copied = 0;
   linger(out_);
-  copies_.clear();
-  const Mark begun = out_.mark();
-  for (int i = 0; i < count; ++i) {
-    const std::byte* set = page_sets[static_cast<size_t>(i)];
-    out_.checksum({.first = set,
+  store.begun = out_.mark();
+  FullKv& full = *store.full;
+  const int first = store.first + store.done;
+  for (int i = 0; i < store.batch; ++i) {
+    out_.checksum({.first = store.sets[static_cast<size_t>(store.done + i)],
                    .stride = page_bytes_,
                    .bytes = page_bytes_,
                    .count = shape_.layers,
                    .checksum_stride = full.max_pages()},
                   full.checksums(0) + first + i);
   }
+  if (coded()) {
+    encode_batch(store);
+    store.encoded = out_.mark();
+  } else {
+    copy_batch(store);
+  }
+}
+
+void LaneWire::encode_batch(Store& store) {
+  std::vector<const std::byte*> pages(static_cast<size_t>(store.batch));
   for (int layer = 0; layer < shape_.layers; ++layer) {
-    for (int i = 0; i < count; ++i) {
-      copies_.push_back({full.page(layer, first + i),
-                         page_sets[static_cast<size_t>(i)] + static_cast<size_t>(layer) * page_bytes_, page_bytes_});
+    for (int i = 0; i < store.batch; ++i) {
+      pages[static_cast<size_t>(i)] =
+          store.sets[static_cast<size_t>(store.done + i)] + static_cast<size_t>(layer) * page_bytes_;
+    }
+    const auto slot = static_cast<size_t>(layer) * kBatchPages;
+    out_.encode({.shape = shape_,
+                 .code = options_.code,
+                 .pages = pages,
+                 .resident = store.resident != nullptr ? store.resident->layer(layer).view() : KvView{},
+                 .first = store.first + store.done,
+                 .sizes = outgoing_sizes_,
+                 .out = outgoing_ + slot * residual_bound(shape_),
+                 .ends = outgoing_ends_ + slot});
+  }
+}
+
+// The sizes of the pages are known: they get their places.
+void LaneWire::copy_batch(Store& store) {
+  FullKv& full = *store.full;
+  const int first = store.first + store.done;
+  size_t bytes = 0;
+  copies_.clear();
+  for (int layer = 0; layer < shape_.layers; ++layer) {
+    const auto slot = static_cast<size_t>(layer) * kBatchPages;
+    uint32_t begin = 0;
+    for (int i = 0; i < store.batch; ++i) {
+      const std::byte* source =
+          store.sets[static_cast<size_t>(store.done + i)] + static_cast<size_t>(layer) * page_bytes_;
+      size_t page_size = page_bytes_;
+      if (coded()) {
+        const uint32_t end = outgoing_ends_[slot + static_cast<size_t>(i)];
+        source = outgoing_ + slot * residual_bound(shape_) + begin * kResidualUnit;
+        page_size = (end - begin) * kResidualUnit;
+        begin = end;
+      }
+      full.place(layer, first + i, page_size);
+      const size_t at = full.begin(layer, first + i);
+      full.for_each_piece(layer, at, at + page_size, [&](std::byte* memory, size_t offset, size_t count) {
+        BlockCopy* last = copies_.empty() ? nullptr : &copies_.back();
+        const std::byte* from = source + (offset - at);
+        if (last != nullptr && last->target + last->bytes == memory && last->source + last->bytes == from) {
+          last->bytes += count;
+        } else {
+          copies_.push_back({memory, from, count});
+        }
+      });
+      bytes += page_size;
     }
   }
   out_.copy(copies_);
-  bytes_out_.fetch_add(copies_.size() * page_bytes_, std::memory_order_relaxed);
-  stores_.push_back({&full, first, count, begun, out_.mark()});
+  bytes_out_.fetch_add(bytes, std::memory_order_relaxed);
+  store.copied = out_.mark();
 }
 
-void LaneWire::finish_stores() {
-  while (!stores_.empty() && out_.reached(stores_.front().done)) {
-    const Store& store = stores_.front();
-    corrupt(store);
-    if (options_.trace != nullptr) {
-      options_.trace->span("wire out", fmt::format("{} pages", store.count), out_.time(store.begun),
-                           out_.time(store.done));
-    }
-    store.full->set_stored(store.first + store.count);
-    stores_.pop_front();
-    ++changes_;
+void LaneWire::end_batch(Store& store) {
+  corrupt(store);
+  if (options_.trace != nullptr) {
+    options_.trace->span("wire out", fmt::format("{} pages", store.batch), out_.time(store.begun),
+                         out_.time(store.copied));
   }
+  store.done += store.batch;
+  store.batch = 0;
+  store.full->set_stored(store.first + store.done);
+  ++changes_;
 }
 
 // For tests: every n-th page that has left the device has one bit flipped.
 void LaneWire::corrupt(const Store& store) {
   for (int layer = 0; layer < shape_.layers && options_.inject_corruption_every != 0; ++layer) {
-    for (int i = 0; i < store.count; ++i) {
+    for (int i = 0; i < store.batch; ++i) {
       if (++stored_pages_ % options_.inject_corruption_every == 0) {
-        store.full->page(layer, store.first + i)[stored_pages_ % page_bytes_] ^= std::byte{1};
+        const int page = store.first + store.done + i;
+        const size_t begin = store.full->begin(layer, page);
+        const size_t bytes = store.full->end(layer, page) - begin;
+        *store.full->byte(layer, begin + stored_pages_ % bytes) ^= std::byte{1};
       }
     }
   }
 }
 
 bool LaneWire::stores_pending(const FullKv& full) {
-  finish_stores();
-  for (const Store& store : stores_) {
-    if (store.full == &full) {
-      return true;
-    }
-  }
-  return false;
+  advance_stores();
+  return std::any_of(stores_.begin(), stores_.end(), [&](const Store& store) { return store.full == &full; });
 }
 
 // A fetch that nobody else holds any more is over.
@@ -244,7 +424,7 @@ uint64_t LaneWire::corrupt_blocks() {
 }
 
 uint64_t LaneWire::changes() {
-  finish_stores();
+  advance_stores();
   return changes_;
 }
 

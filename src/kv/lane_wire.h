@@ -1,5 +1,9 @@
 // LaneWire: the wire of a device with lanes of its own. Everything is enqueued ahead and ordered by marks; the host
 // never touches what crosses. Called from the engine's thread.
+//
+// Plain pages are copied into staging slots. Encoded ones are copied into a ring of bytes; the lane that awaits a layer
+// decodes it into staging, so that one slot is enough and the ring's bytes are free again. On their way out pages are
+// encoded into a block of their own; when the host knows their sizes, they are copied to their places.
 #pragma once
 
 #include <deque>
@@ -14,6 +18,8 @@ class LaneWire final : public Wire {
   // host: what the engine's thread and the device both reach.
   LaneWire(const KvShape& shape, const WireOptions& options, Device& device, Device& host, Kernels& kernels);
   ~LaneWire() override;
+  static size_t device_bytes(const KvShape& shape, const WireOptions& options);
+  static size_t host_bytes(const KvShape& shape);
   LaneWire(const LaneWire&) = delete;
   LaneWire& operator=(const LaneWire&) = delete;
 
@@ -24,7 +30,7 @@ class LaneWire final : public Wire {
   void await(Fetch& fetch, int layer, Kernels& lane) override;
   void release(const Fetch& fetch, int layer, Kernels& lane) override;
 
-  void store(FullKv& full, int first, std::vector<const std::byte*> page_sets) override;
+  void store(FullKv& full, int first, std::vector<const std::byte*> page_sets, const ResidentKv* resident) override;
   bool stores_pending(const FullKv& full) override;
   uint64_t changes() override;
   void wait_change(uint64_t seen) override;
@@ -33,8 +39,11 @@ class LaneWire final : public Wire {
  private:
   // Layers that a fetch has on the wire, and what came of their pages.
   class LaneFetch;
+  // A layer on its way.
   struct Slot {
-    Mark begun = 0;    // of its last transfer, wire lane
+    size_t begin = 0;  // of its bytes in the ring
+    size_t end = 0;
+    Mark begun = 0;    // of its transfer, wire lane
     Mark arrived = 0;  // wire lane
     Mark released = 0;
     Kernels* reader = nullptr;  // the lane that released it
@@ -42,16 +51,30 @@ class LaneWire final : public Wire {
   struct Store {
     FullKv* full;
     int first;
-    int count;
-    Mark begun;
-    Mark done;
+    std::vector<const std::byte*> sets;
+    const ResidentKv* resident;
+    int done = 0;   // page sets that are out
+    int batch = 0;  // page sets under way behind them
+    Mark begun = 0;
+    Mark encoded = 0;
+    Mark copied = 0;  // 0: their places are not known yet
+    int count() const { return static_cast<int>(sets.size()); }
   };
+  bool coded() const { return options_.code != ResidualCode::plain; }
   void pump();
+  bool place(size_t bytes, Slot& slot) const;
   void send_layer(LaneFetch& fetch, int layer);
-  void finish_stores();
+  void decode(const FetchPart& part, const Fetch& fetch, int layer, const std::byte* in, Kernels& lane);
+  void let_go(Kernels& lane);
+  void advance_stores();
+  void begin_batch(Store& store);
+  void encode_batch(Store& store);
+  void copy_batch(Store& store);
+  void end_batch(Store& store);
   void corrupt(const Store& store);
   void linger(Kernels& lane);
   Slot& slot(uint64_t ticket) { return slots_[ticket % slots_.size()]; }
+  const Slot& slot(uint64_t ticket) const { return slots_[ticket % slots_.size()]; }
 
   Kernels& in_;
   Kernels& out_;
@@ -60,6 +83,11 @@ class LaneWire final : public Wire {
   std::vector<std::shared_ptr<LaneFetch>> uncounted_;  // whose mismatches corrupt_blocks_ lacks
   std::deque<Store> stores_;
   std::vector<BlockCopy> copies_;
+  std::byte* ring_ = nullptr;  // encoded layers that have come in, or come
+  size_t ring_bytes_ = 0;
+  std::byte* outgoing_ = nullptr;       // (layers, kBatchPages): encoded pages
+  uint32_t* outgoing_sizes_ = nullptr;  // (kBatchPages, kv_heads)
+  uint32_t* outgoing_ends_ = nullptr;   // (layers, kBatchPages): host memory that the device reaches
   uint32_t* mismatches_;  // a ring of counters, one a part of a fetch; host memory that the device reaches
   uint64_t next_counter_ = 0;
   uint64_t next_ticket_ = 0;

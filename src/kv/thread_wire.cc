@@ -11,8 +11,9 @@
 
 namespace vericache {
 
-ThreadWire::ThreadWire(const KvShape& shape, const WireOptions& options, Device& device)
-    : Wire(shape, options, device),
+ThreadWire::ThreadWire(const KvShape& shape, const WireOptions& options, Device& device, Kernels& kernels)
+    : Wire(shape, options, options.ring_layers, device),
+      kernels_(kernels),
       fetch_thread_([this] { fetch_worker(); }),
       store_thread_([this] { store_worker(); }) {}
 
@@ -63,12 +64,12 @@ void ThreadWire::release(const Fetch& fetch, int layer, Kernels& /*lane*/) {
   condition_.notify_all();
 }
 
-void ThreadWire::store(FullKv& full, int first, std::vector<const std::byte*> page_sets) {
+void ThreadWire::store(FullKv& full, int first, std::vector<const std::byte*> page_sets, const ResidentKv* resident) {
   check(first + static_cast<int>(page_sets.size()) <= full.max_pages(),
         "a store fits the room reserved for the sequence");
   {
     const std::lock_guard lock(mutex_);
-    stores_.push_back({&full, first, std::move(page_sets)});
+    stores_.push_back({&full, first, std::move(page_sets), resident});
   }
   condition_.notify_all();
 }
@@ -139,43 +140,43 @@ void ThreadWire::fetch_worker() {
 void ThreadWire::bring_layer(Fetch& fetch, int layer) {
   for (size_t i = 0; i < fetch.parts_.size(); ++i) {
     const FetchPart& part = fetch.parts_[i];
-    size_t bytes = 0;
+    if (part.pages == 0) {
+      continue;
+    }
+    std::byte* target = staged(fetch, layer, part.first_staged);
+    bring_part(part, layer, target);
     for (int page = 0; page < part.pages; ++page) {
-      std::byte* target = staged(fetch, layer, part.first_staged + page);
-      bytes += join_page(part, layer, page, target);
       // The checksum is that of the full page: it proves the transfer and the join together.
-      if (hash_bytes(target, page_bytes_) != part.full->checksum(layer, page)) {
+      if (hash_bytes(target + static_cast<size_t>(page) * page_bytes_, page_bytes_) !=
+          part.full->checksum(layer, page)) {
         fetch.corrupt_[i].store(true, std::memory_order_release);
         corrupt_blocks_.fetch_add(1);
       }
     }
+    const size_t bytes = part.full->end(layer, part.pages - 1);
     fetch.bytes_.fetch_add(bytes, std::memory_order_relaxed);
     bytes_in_.fetch_add(bytes, std::memory_order_relaxed);
   }
 }
 
-// full = join(resident, residual). The copy from host memory stands for the residual's transfer: where the resident
-// part is exact, its tokens are taken from it and only the others count as carried.
-size_t ThreadWire::join_page(const FetchPart& part, int layer, int page, std::byte* staged) const {
-  std::memcpy(staged, part.full->page(layer, page), page_bytes_);
-  if (part.exact == nullptr) {
-    return page_bytes_;
+// full = join(resident, residual).
+void ThreadWire::bring_part(const FetchPart& part, int layer, std::byte* staged) {
+  const size_t bytes = part.full->end(layer, part.pages - 1);
+  const bool coded = part.full->code() != ResidualCode::plain;
+  incoming_.resize(coded ? bytes : 0);
+  std::byte* target = coded ? incoming_.data() : staged;
+  part.full->for_each_piece(layer, 0, bytes, [&](const std::byte* memory, size_t offset, size_t count) {
+    std::memcpy(target + offset, memory, count);
+  });
+  if (coded) {
+    kernels_.decode({.shape = shape_,
+                     .code = part.full->code(),
+                     .in = incoming_.data(),
+                     .ends = part.full->ends(layer),
+                     .count = part.pages,
+                     .resident = resident_of(part, layer),
+                     .out = staged});
   }
-  const ResidentLayer& resident = part.exact->layer(layer);
-  const size_t head_bytes = head_page_bytes(KvFormat{}, shape_);
-  const size_t token_bytes = head_bytes / kPageTokens;
-  size_t kept = 0;
-  for (int head = 0; head < shape_.kv_heads; ++head) {
-    const std::span<const int> positions(resident.chosen() + static_cast<ptrdiff_t>(head) * resident.chosen_stride(),
-                                         static_cast<size_t>(resident.tokens(head)));
-    auto slot = std::lower_bound(positions.begin(), positions.end(), page * kPageTokens);
-    for (; slot != positions.end() && *slot < (page + 1) * kPageTokens; ++slot, ++kept) {
-      const int index = static_cast<int>(slot - positions.begin());
-      copy_token(resident.head_page(head, index / kPageTokens), index % kPageTokens,
-                 staged + static_cast<size_t>(head) * head_bytes, *slot % kPageTokens, shape_);
-    }
-  }
-  return page_bytes_ - kept * token_bytes;
 }
 
 void ThreadWire::store_worker() {
@@ -192,18 +193,7 @@ void ThreadWire::store_worker() {
     inject_delay();
     for (int layer = 0; layer < shape_.layers; ++layer) {
       throttle.begin();
-      for (int i = 0; i < count; ++i) {
-        const int page = store.first + i;
-        const std::byte* source = store.page_sets[static_cast<size_t>(i)] + static_cast<size_t>(layer) * page_bytes_;
-        store.full->checksum(layer, page) = hash_bytes(source, page_bytes_);
-        std::byte* target = store.full->page(layer, page);
-        std::memcpy(target, source, page_bytes_);
-        const uint64_t number = stored_pages_.fetch_add(1) + 1;
-        if (options_.inject_corruption_every != 0 && number % options_.inject_corruption_every == 0) {
-          target[number % page_bytes_] ^= std::byte{1};
-        }
-      }
-      const size_t bytes = static_cast<size_t>(count) * page_bytes_;
+      const size_t bytes = take_layer(store, layer);
       bytes_out_.fetch_add(bytes, std::memory_order_relaxed);
       throttle.spend(bytes);
     }
@@ -212,6 +202,49 @@ void ThreadWire::store_worker() {
     stores_.pop_front();
     note_change();
   }
+}
+
+// Returns the bytes that went out.
+size_t ThreadWire::take_layer(const Store& store, int layer) {
+  FullKv& full = *store.full;
+  size_t taken = 0;
+  for (int i = 0; i < static_cast<int>(store.page_sets.size()); ++i) {
+    const int page = store.first + i;
+    const std::byte* source = store.page_sets[static_cast<size_t>(i)] + static_cast<size_t>(layer) * page_bytes_;
+    full.checksum(layer, page) = hash_bytes(source, page_bytes_);
+    if (full.code() == ResidualCode::plain) {
+      full.place(layer, page, page_bytes_);
+    } else {
+      encode_page(store, layer, i);
+      source = outgoing_.data();
+    }
+    const size_t begin = full.begin(layer, page);
+    const size_t end = full.end(layer, page);
+    full.for_each_piece(layer, begin, end, [&](std::byte* memory, size_t offset, size_t count) {
+      std::memcpy(memory, source + (offset - begin), count);
+    });
+    taken += end - begin;
+    const uint64_t number = stored_pages_.fetch_add(1) + 1;
+    if (options_.inject_corruption_every != 0 && number % options_.inject_corruption_every == 0) {
+      *full.byte(layer, begin + number % (end - begin)) ^= std::byte{1};
+    }
+  }
+  return taken;
+}
+
+void ThreadWire::encode_page(const Store& store, int layer, int index) {
+  const std::byte* page = store.page_sets[static_cast<size_t>(index)] + static_cast<size_t>(layer) * page_bytes_;
+  outgoing_.resize(residual_bound(shape_));
+  uint32_t units = 0;
+  kernels_.encode({.shape = shape_,
+                   .code = store.full->code(),
+                   .pages = {&page, 1},
+                   .resident = store.resident != nullptr ? store.resident->layer(layer).view() : KvView{},
+                   .first = store.first + index,
+                   .sizes = nullptr,
+                   .out = outgoing_.data(),
+                   .ends = &units});
+  store.full->place(layer, store.first + index, units * kResidualUnit);
 }
 
 }  // namespace vericache

@@ -1,4 +1,4 @@
-// ThreadWire: the wire where device memory is imitated by host memory: one worker per direction copies, checks, joins
+// ThreadWire: the wire where device memory is imitated by host memory: one worker per direction copies, codes, checks
 // and keeps to the bandwidth. Called from the engine's thread.
 #pragma once
 
@@ -13,7 +13,7 @@ namespace vericache {
 
 class ThreadWire final : public Wire {
  public:
-  ThreadWire(const KvShape& shape, const WireOptions& options, Device& device);
+  ThreadWire(const KvShape& shape, const WireOptions& options, Device& device, Kernels& kernels);
   ~ThreadWire() override;
   ThreadWire(const ThreadWire&) = delete;
   ThreadWire& operator=(const ThreadWire&) = delete;
@@ -25,7 +25,7 @@ class ThreadWire final : public Wire {
   void await(Fetch& fetch, int layer, Kernels& lane) override;
   void release(const Fetch& fetch, int layer, Kernels& lane) override;
 
-  void store(FullKv& full, int first, std::vector<const std::byte*> page_sets) override;
+  void store(FullKv& full, int first, std::vector<const std::byte*> page_sets, const ResidentKv* resident) override;
   bool stores_pending(const FullKv& full) override;
   uint64_t changes() override { return changes_.load(std::memory_order_acquire); }
   void wait_change(uint64_t seen) override;
@@ -35,14 +35,20 @@ class ThreadWire final : public Wire {
     FullKv* full;
     int first;
     std::vector<const std::byte*> page_sets;
+    const ResidentKv* resident;
   };
   void fetch_worker();
   void store_worker();
   void bring_layer(Fetch& fetch, int layer);
-  size_t join_page(const FetchPart& part, int layer, int page, std::byte* staged) const;
+  void bring_part(const FetchPart& part, int layer, std::byte* staged);
+  size_t take_layer(const Store& store, int layer);
+  void encode_page(const Store& store, int layer, int index);
   void note_change();
   void inject_delay();
 
+  Kernels& kernels_;
+  std::vector<std::byte> incoming_;  // encoded pages of a part; the fetching thread's
+  std::vector<std::byte> outgoing_;  // an encoded page; the storing thread's
   mutable std::mutex mutex_;
   std::condition_variable condition_;
   std::deque<std::shared_ptr<Fetch>> fetches_;

@@ -14,24 +14,24 @@ void Fetch::trace(Trace& trace) const {
   }
 }
 
-size_t Staging::bytes(const KvShape& shape, int ring_layers, int slot_pages) {
+size_t Staging::bytes(const KvShape& shape, int slots, int slot_pages) {
   const auto aligned = [](size_t bytes) { return (bytes + 4095) / 4096 * 4096; };
-  const size_t slots = static_cast<size_t>(ring_layers) * static_cast<size_t>(slot_pages);
+  const size_t pages = static_cast<size_t>(slots) * static_cast<size_t>(slot_pages);
   const size_t heads = static_cast<size_t>(shape.kv_heads);
-  return aligned(slots * page_bytes(shape)) + aligned(slots * heads * sizeof(std::byte*)) +
+  return aligned(pages * page_bytes(shape)) + aligned(pages * heads * sizeof(std::byte*)) +
          aligned(static_cast<size_t>(slot_pages + 1) * heads * sizeof(int));
 }
 
-Staging::Staging(const KvShape& shape, const WireOptions& options, Device& device)
-    : shape_(shape), ring_layers_(options.ring_layers), slot_pages_(options.slot_pages) {
-  const size_t slots = static_cast<size_t>(ring_layers_) * static_cast<size_t>(slot_pages_);
+Staging::Staging(const KvShape& shape, int slots, int slot_pages, Device& device)
+    : shape_(shape), count_(slots), slot_pages_(slot_pages) {
+  const size_t pages = static_cast<size_t>(slots) * static_cast<size_t>(slot_pages_);
   const size_t heads = static_cast<size_t>(shape.kv_heads);
-  slots_ = device.allocate(slots * page_bytes(shape), "staging");
-  table_ = device.allocate_array<std::byte*>(slots * heads, "staging's tables");
+  slots_ = device.allocate(pages * page_bytes(shape), "staging");
+  table_ = device.allocate_array<std::byte*>(pages * heads, "staging's tables");
   counts_ = device.allocate_array<int>(static_cast<size_t>(slot_pages_ + 1) * heads, "staging's tables");
 
   std::vector<std::byte*> table;
-  for (uint64_t slot = 0; slot < static_cast<uint64_t>(ring_layers_); ++slot) {
+  for (uint64_t slot = 0; slot < static_cast<uint64_t>(count_); ++slot) {
     for (size_t head = 0; head < heads; ++head) {
       for (int i = 0; i < slot_pages_; ++i) {
         table.push_back(page(slot, i) + head * head_page_bytes(KvFormat{}, shape));
@@ -47,12 +47,12 @@ Staging::Staging(const KvShape& shape, const WireOptions& options, Device& devic
 }
 
 std::byte* Staging::page(uint64_t ticket, int page) const {
-  const uint64_t slot = ticket % static_cast<uint64_t>(ring_layers_);
+  const uint64_t slot = ticket % static_cast<uint64_t>(count_);
   return slots_ + (slot * static_cast<uint64_t>(slot_pages_) + static_cast<uint64_t>(page)) * page_bytes(shape_);
 }
 
 KvView Staging::view(uint64_t ticket, int first, int pages) const {
-  const uint64_t slot = ticket % static_cast<uint64_t>(ring_layers_);
+  const uint64_t slot = ticket % static_cast<uint64_t>(count_);
   KvView view;
   view.head_pages = table_ + slot * static_cast<uint64_t>(shape_.kv_heads) * static_cast<uint64_t>(slot_pages_) + first;
   view.page_stride = slot_pages_;
@@ -60,13 +60,24 @@ KvView Staging::view(uint64_t ticket, int first, int pages) const {
   return view;
 }
 
-Wire::Wire(const KvShape& shape, const WireOptions& options, Device& device)
-    : shape_(shape), options_(options), staging_(shape, options, device), page_bytes_(page_bytes(shape)) {}
+Wire::Wire(const KvShape& shape, const WireOptions& options, int slots, Device& device)
+    : shape_(shape),
+      options_(options),
+      staging_(shape, slots, options.slot_pages, device),
+      page_bytes_(page_bytes(shape)) {}
+
+size_t wire_device_bytes(const KvShape& shape, const WireOptions& options, const Device& device) {
+  return device.addressable() ? Staging::bytes(shape, options.ring_layers, options.slot_pages)
+                              : LaneWire::device_bytes(shape, options);
+}
+size_t wire_host_bytes(const KvShape& shape) {
+  return LaneWire::host_bytes(shape);
+}
 
 std::unique_ptr<Wire> make_wire(const KvShape& shape, const WireOptions& options, Device& device, Device& host,
                                 Kernels& kernels) {
   if (device.addressable()) {
-    return std::make_unique<ThreadWire>(shape, options, device);
+    return std::make_unique<ThreadWire>(shape, options, device, kernels);
   }
   return std::make_unique<LaneWire>(shape, options, device, host, kernels);
 }

@@ -16,10 +16,16 @@ namespace vericache {
 
 class Trace;
 
+// What crosses the wire for the full KV: pages as they are, or what their resident form lacks, coded.
+// automatic: coded where the wire is a real one. On a CPU it is imitated, and the coder competes with the decoding.
+enum class WireForm { automatic, plain, coded };
+
 struct WireOptions {
   double gbps = 0;  // cap of each direction, GB/s; 0 = none
+  ResidualCode code = ResidualCode::plain;
   int ring_layers = 3;
-  int slot_pages = 0;  // pages that a staging slot holds
+  int slot_pages = 0;        // pages that a layer of a fetch has, all parts, at most
+  double coded_share = 1.0;  // of a plain page, that an encoded one is expected to take
   int inject_delay_us = 0;
   uint64_t inject_corruption_every = 0;
   Trace* trace = nullptr;
@@ -28,8 +34,7 @@ struct WireOptions {
 // What a fetch brings of one sequence: pages [0, pages) of every layer.
 struct FetchPart {
   const FullKv* full = nullptr;
-  const ResidentKv* exact =
-      nullptr;  // resident tokens that need not cross (bf16, with positions); null = every token crosses
+  const ResidentKv* resident = nullptr;  // with ResidualCode::resident: what the pages' residuals are joined with
   int pages = 0;
   int first_staged = 0;  // its first page in the slot
 };
@@ -54,18 +59,18 @@ class Fetch {
  protected:
   friend class ThreadWire;
   std::vector<FetchPart> parts_;
-  uint64_t first_ticket_;  // a ticket numbers a layer of a fetch; slot = ticket % ring_layers
+  uint64_t first_ticket_;  // a ticket numbers a layer of a fetch
   std::vector<std::atomic<bool>> corrupt_;
   std::atomic<uint64_t> bytes_ = 0;
   std::atomic<uint64_t> busy_us_ = 0;
   std::vector<std::pair<double, double>> spans_;  // of each layer that has arrived, steady clock
 };
 
-// The ring of staging slots in device memory, and the tables by which attention finds the pages in them.
+// A ring of staging slots in device memory, bf16 pages of a layer each, and the tables by which attention finds them.
 class Staging {
  public:
-  Staging(const KvShape& shape, const WireOptions& options, Device& device);
-  static size_t bytes(const KvShape& shape, int ring_layers, int slot_pages);
+  Staging(const KvShape& shape, int slots, int slot_pages, Device& device);
+  static size_t bytes(const KvShape& shape, int slots, int slot_pages);
 
   std::byte* page(uint64_t ticket, int page) const;
   // Pages [first, first + pages) of the ticket's slot.
@@ -73,10 +78,10 @@ class Staging {
 
  private:
   KvShape shape_;
-  int ring_layers_;
+  int count_;  // of slots
   int slot_pages_;
-  std::byte* slots_;   // (ring_layers, slot_pages) pages
-  std::byte** table_;  // (ring_layers, kv_heads, slot_pages), device memory
+  std::byte* slots_;   // (slots, slot_pages) pages
+  std::byte** table_;  // (slots, kv_heads, slot_pages), device memory
   int* counts_;        // (slot_pages + 1, kv_heads): tokens of so many pages
 };
 
@@ -102,8 +107,9 @@ class Wire {
   }
 
   // Takes whole page sets out to `full`, as its pages from `first` on; they must hold still until full.stored() covers
-  // them.
-  virtual void store(FullKv& full, int first, std::vector<const std::byte*> page_sets) = 0;
+  // them, and so must the resident pages of the same tokens.
+  virtual void store(FullKv& full, int first, std::vector<const std::byte*> page_sets,
+                     const ResidentKv* resident = nullptr) = 0;
   virtual bool stores_pending(const FullKv& full) = 0;
   // Blocks until some layer arrives or some store ends after the call of `changes` that gave `seen`.
   virtual uint64_t changes() = 0;
@@ -114,7 +120,10 @@ class Wire {
   virtual uint64_t corrupt_blocks() { return corrupt_blocks_.load(std::memory_order_relaxed); }
 
  protected:
-  Wire(const KvShape& shape, const WireOptions& options, Device& device);
+  Wire(const KvShape& shape, const WireOptions& options, int slots, Device& device);
+  static KvView resident_of(const FetchPart& part, int layer) {
+    return part.resident != nullptr ? part.resident->layer(layer).view() : KvView{};
+  }
 
   KvShape shape_;
   WireOptions options_;
@@ -125,6 +134,10 @@ class Wire {
   std::atomic<uint64_t> corrupt_blocks_ = 0;
 };
 
+// Device memory that a wire of these options works in.
+size_t wire_device_bytes(const KvShape& shape, const WireOptions& options, const Device& device);
+// Host memory that the device reaches, likewise.
+size_t wire_host_bytes(const KvShape& shape);
 // Threads that copy where the device's memory is the host's own; copies by the lanes of the device where it is not.
 std::unique_ptr<Wire> make_wire(const KvShape& shape, const WireOptions& options, Device& device, Device& host,
                                 Kernels& kernels);

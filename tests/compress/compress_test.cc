@@ -127,8 +127,8 @@ TEST(PagedCompressor, KiviStaysWithinHalfAStep) {
         }
       }
     }
-    EXPECT_EQ(kivi->wire_bytes(640, kShape), 10 * page_bytes(kShape));
-    EXPECT_EQ(kivi->wire_bytes(639, kShape), 9 * page_bytes(kShape));
+    EXPECT_LT(kivi->wire_bytes(640, kShape), 10 * page_bytes(kShape));
+    EXPECT_EQ(kivi->wire_bytes(639, kShape), kivi->wire_bytes(576, kShape));
   }
 }
 
@@ -372,37 +372,44 @@ TEST(Compressor, ResidentBytesBoundWhatIsTaken) {
   }
 }
 
-TEST(Compressor, WireBytesAreWhatTheWireCounts) {
+// What admission and staging count on is what the coder makes of ordinary values, nearly.
+TEST(Compressor, WireBytesAreNearWhatTheWireCounts) {
   RandomLayer full(kShape, kHeads, 13);
-  for (const char* spec : {"streaming-llm:window=0.3", "streaming-llm:sinks=0,window=0", "snapkv:budget=0.3",
-                           "snapkv:budget=1000", "snapkv:budget=0.3+kivi:bits=4", "kivi:bits=4"}) {
+  for (const char* spec : {"streaming-llm:window=0.3", "snapkv:budget=0.3+kivi:bits=4", "kivi:bits=4", "kivi:bits=8",
+                           "kivi:bits=2", "kivi:k=8,v=2"}) {
     const auto compressor = full.compressor(spec);
-    for (const int tokens : {64, 320, 640}) {
-      const int pages = tokens / kPageTokens;
-      OwnedPool extents(extent_bytes(kShape), kShape.layers);
-      OwnedPool checksums(FullKv::checksum_bytes(kShape, pages), 1);
-      FullKv stored(kShape, extents.pool, checksums.pool, pages);
-      for (int page = 0; page < pages; ++page) {
-        for (int head = 0; head < kShape.kv_heads; ++head) {
-          const size_t head_bytes = head_page_bytes(KvFormat{}, kShape);
-          std::memcpy(stored.page(0, page) + static_cast<size_t>(head) * head_bytes, full.head_page(head, page),
-                      head_bytes);
-        }
-        stored.checksum(0, page) = hash_bytes(stored.page(0, page), page_bytes(kShape));
+    const int tokens = 640;
+    const int pages = tokens / kPageTokens;
+    const auto room = static_cast<size_t>(pages) * residual_bound(kShape);
+    OwnedPool resident_pages(head_page_bytes(compressor->format(), kShape), pages * kShape.kv_heads);
+    OwnedPool index(ResidentIndex::bytes(kShape, pages, tokens, false), 1);
+    ResidentKv resident(kShape, compressor->format(), resident_pages.pool, {index.pool.take(), pages, tokens, false});
+    ASSERT_TRUE(compressor->compress(full.kernels(), full.layer(64), {0, tokens}, full.queries(32, tokens - 32),
+                                     resident.layer(0)));
+    size_t bytes = 0;
+    for (int page = 0; page < pages; ++page) {
+      std::vector<std::byte> plain;
+      for (int head = 0; head < kShape.kv_heads; ++head) {
+        const std::byte* at = full.head_page(head, page);
+        plain.insert(plain.end(), at, at + head_page_bytes(KvFormat{}, kShape));
       }
-      OwnedPool resident_pages(head_page_bytes(compressor->format(), kShape), pages * kShape.kv_heads);
-      OwnedPool index(ResidentIndex::bytes(kShape, pages, tokens, false), 1);
-      ResidentKv resident(kShape, compressor->format(), resident_pages.pool, {index.pool.take(), pages, tokens, false});
-      ASSERT_TRUE(compressor->compress(full.kernels(), full.layer(64), {0, tokens}, full.queries(32, tokens - 32),
-                                       resident.layer(0)));
-      const auto device = make_cpu_device(Staging::bytes(kShape, 1, pages));
-      const auto wire = make_wire(kShape, {.ring_layers = 1, .slot_pages = pages}, *device, *device, full.kernels());
-      const bool exact = compressor->format().exact();
-      const auto fetch = wire->fetch({{.full = &stored, .exact = exact ? &resident : nullptr, .pages = pages}});
-      wire->wait(*fetch, 0);
-      EXPECT_FALSE(fetch->corrupt(0));
-      EXPECT_EQ(fetch->bytes(), compressor->wire_bytes(tokens, kShape)) << spec << " at " << tokens;
+      const std::byte* source = plain.data();
+      std::vector<std::byte> out(room);
+      uint32_t units = 0;
+      full.kernels().encode({.shape = kShape,
+                             .code = compressor->residual_code(),
+                             .pages = {&source, 1},
+                             .resident = resident.layer(0).view(),
+                             .first = page,
+                             .sizes = nullptr,
+                             .out = out.data(),
+                             .ends = &units});
+      bytes += units * kResidualUnit;
     }
+    const auto expected = static_cast<double>(compressor->wire_bytes(tokens, kShape)) / kShape.layers;
+    // The padding of narrow keys takes less.
+    EXPECT_LE(static_cast<double>(bytes), 1.06 * expected) << spec;
+    EXPECT_GE(static_cast<double>(bytes), 0.75 * expected) << spec;
   }
 }
 

@@ -1,6 +1,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <map>
 #include <set>
 
 #include "kv/resident.h"
@@ -241,54 +242,69 @@ TEST(ResidentKv, AnAddressableDeviceNeedsAnIndexForChosenTokensOnly) {
   EXPECT_EQ(make_layer(KvFormat{}, owned.pool, 4).chosen(), nullptr);
 }
 
-TEST(FullKv, PagesOfALayerLieTogetherInExtentsOfAMebibyteOrMore) {
+// The pages of a layer are a stream; where they begin and end is known once they have their places.
+TEST(FullKv, PagesLieInTheirLayersExtentsOneBehindTheOther) {
+  std::mt19937_64 random(6);
   for (const KvShape& shape : {kShape, KvShape{5, 8, 128}, KvShape{2, 1, 16}}) {
     EXPECT_GE(extent_bytes(shape), size_t{1} << 20);
     EXPECT_EQ(extent_bytes(shape) % page_bytes(shape), 0u);
-    const int pages = extent_pages(shape) + 3;  // two extents a layer
-    const int extents = extents_for(pages, shape);
-    EXPECT_EQ(extents, 2 * shape.layers);
-    EXPECT_EQ(extents_for(extent_pages(shape), shape), shape.layers);
-    EXPECT_EQ(extents_for(0, shape), 0);
-    OwnedPool owned(extent_bytes(shape), extents + 1);
-    OwnedPool checksums(FullKv::checksum_bytes(shape, pages), 2);
-    {
-      FullKv full(shape, owned.pool, checksums.pool, pages);
-      EXPECT_EQ(owned.pool.used(), extents);
-      EXPECT_EQ(checksums.pool.used(), 1);
-      EXPECT_EQ(full.stored(), 0);
-      std::set<std::byte*> seen;
-      for (int layer = 0; layer < shape.layers; ++layer) {
-        for (int page = 0; page < pages; ++page) {
-          EXPECT_TRUE(seen.insert(full.page(layer, page)).second);
-          if (page % extent_pages(shape) != 0) {
-            EXPECT_EQ(full.page(layer, page) - full.page(layer, page - 1), static_cast<ptrdiff_t>(page_bytes(shape)));
+    const int in_extent = static_cast<int>(extent_bytes(shape) / page_bytes(shape));
+    EXPECT_EQ(extents_for(in_extent, shape, ResidualCode::plain), shape.layers);
+    EXPECT_EQ(extents_for(0, shape, ResidualCode::plain), 0);
+    for (const ResidualCode code : {ResidualCode::plain, ResidualCode::lossless}) {
+      const int pages = in_extent + 3;  // two extents a layer
+      const int extents = extents_for(pages, shape, code);
+      EXPECT_EQ(extents, 2 * shape.layers);
+      OwnedPool owned(extent_bytes(shape), extents + 1);
+      OwnedPool records(FullKv::record_bytes(shape, pages), 2);
+      {
+        FullKv full(shape, code, owned.pool, records.pool, pages);
+        EXPECT_EQ(owned.pool.used(), extents);
+        EXPECT_EQ(records.pool.used(), 1);
+        EXPECT_EQ(full.stored(), 0);
+        std::map<std::byte*, size_t> pieces;
+        for (int layer = 0; layer < shape.layers; ++layer) {
+          for (int page = 0; page < pages; ++page) {
+            const size_t bytes = code == ResidualCode::plain
+                                     ? page_bytes(shape)
+                                     : (1 + random() % (residual_bound(shape) / kResidualUnit)) * kResidualUnit;
+            full.place(layer, page, bytes);
+            EXPECT_EQ(full.end(layer, page) - full.begin(layer, page), bytes);
+            size_t next = full.begin(layer, page);
+            full.for_each_piece(layer, next, full.end(layer, page), [&](std::byte* at, size_t offset, size_t count) {
+              EXPECT_EQ(offset, next);
+              EXPECT_EQ(full.byte(layer, offset), at);
+              EXPECT_TRUE(pieces.emplace(at, count).second);
+              next += count;
+            });
+            EXPECT_EQ(next, full.end(layer, page));
+            full.checksum(layer, page) = static_cast<uint64_t>(layer * 1000 + page);
           }
-          full.checksum(layer, page) = static_cast<uint64_t>(layer * 1000 + page);
+        }
+        for (int layer = 0; layer < shape.layers; ++layer) {
+          EXPECT_EQ(full.ends(layer)[pages - 1] * kResidualUnit, full.end(layer, pages - 1));
+          for (int page = 0; page < pages; ++page) {
+            EXPECT_EQ(std::as_const(full).checksum(layer, page), static_cast<uint64_t>(layer * 1000 + page));
+            EXPECT_EQ(full.checksums(layer)[page], static_cast<uint64_t>(layer * 1000 + page));
+          }
+        }
+        for (auto at = pieces.begin(); std::next(at) != pieces.end(); ++at) {
+          EXPECT_GE(std::next(at)->first - at->first, static_cast<ptrdiff_t>(at->second)) << "pieces do not overlap";
         }
       }
-      for (int layer = 0; layer < shape.layers; ++layer) {
-        for (int page = 0; page < pages; ++page) {
-          EXPECT_EQ(std::as_const(full).checksum(layer, page), static_cast<uint64_t>(layer * 1000 + page));
-          EXPECT_EQ(full.checksums(layer)[page], static_cast<uint64_t>(layer * 1000 + page));
-        }
-      }
-      for (auto at = seen.begin(); std::next(at) != seen.end(); ++at) {
-        EXPECT_GE(*std::next(at) - *at, static_cast<ptrdiff_t>(page_bytes(shape))) << "pages do not overlap";
-      }
+      EXPECT_EQ(owned.pool.used(), 0);
+      EXPECT_EQ(records.pool.used(), 0);
     }
-    EXPECT_EQ(owned.pool.used(), 0);
-    EXPECT_EQ(checksums.pool.used(), 0);
   }
 }
 
-TEST(FullKvDeathTest, NeedsABlockOfChecksumsThatIsLargeEnough) {
-  OwnedPool owned(extent_bytes(kShape), extents_for(10, kShape));
-  OwnedPool small(FullKv::checksum_bytes(kShape, 9), 1);
-  EXPECT_DEATH(FullKv(kShape, owned.pool, small.pool, 10), "checksums");
-  OwnedPool none(FullKv::checksum_bytes(kShape, 10), 1);
+TEST(FullKvDeathTest, NeedsABlockOfRecordsThatIsLargeEnough) {
+  OwnedPool owned(extent_bytes(kShape), extents_for(10, kShape, ResidualCode::plain));
+  OwnedPool small(FullKv::record_bytes(kShape, 9), 1);
+  EXPECT_DEATH(FullKv(kShape, ResidualCode::plain, owned.pool, small.pool, 10), "records");
+  OwnedPool none(FullKv::record_bytes(kShape, 10), 1);
   none.pool.take();
-  EXPECT_DEATH(FullKv(kShape, owned.pool, none.pool, 10), "checksums");
+  EXPECT_DEATH(FullKv(kShape, ResidualCode::plain, owned.pool, none.pool, 10), "records");
 }
 
 // Host memory whose first bytes alone have been pinned by now.
@@ -313,13 +329,13 @@ class PartlyPinned final : public Device {
 };
 
 TEST(FullKv, IsReachableWhenItsLastExtentIsPinned) {
-  const int pages = extent_pages(kShape);
-  OwnedPool owned(extent_bytes(kShape), 3 * extents_for(pages, kShape));
-  OwnedPool checksums(FullKv::checksum_bytes(kShape, pages), 2);
+  const int pages = static_cast<int>(extent_bytes(kShape) / page_bytes(kShape));
+  OwnedPool owned(extent_bytes(kShape), 3 * extents_for(pages, kShape, ResidualCode::plain));
+  OwnedPool records(FullKv::record_bytes(kShape, pages), 2);
   PartlyPinned host;
   host.block = owned.pool.memory();
-  const FullKv first(kShape, owned.pool, checksums.pool, pages);
-  const FullKv second(kShape, owned.pool, checksums.pool, pages);
+  const FullKv first(kShape, ResidualCode::plain, owned.pool, records.pool, pages);
+  const FullKv second(kShape, ResidualCode::plain, owned.pool, records.pool, pages);
   const size_t half = extent_bytes(kShape) * static_cast<size_t>(kShape.layers);
   for (const auto& [pinned, first_there, second_there] : {std::tuple{size_t{0}, false, false},
                                                           {half - 1, false, false},

@@ -21,17 +21,42 @@ inline double seconds_since(std::chrono::steady_clock::time_point begin) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
 }
 
-// A sequence's page sets as the tail has them, and its place in the host tier.
+// A sequence's page sets as the tail has them, with their resident form where the code asks for one, and its place in
+// the host tier.
 struct Stored {
+  static constexpr KvFormat kResident{.key_bits = 4, .value_bits = 8};
   std::vector<std::vector<std::byte>> sets;
   FullKv full;
-  Stored(const KvShape& shape, PagePool& extents, PagePool& checksums, int pages, std::mt19937_64& random)
-      : full(shape, extents, checksums, pages) {
+  std::unique_ptr<OwnedPool> resident_pages;
+  std::unique_ptr<ResidentKv> resident;
+  Stored(const KvShape& shape, ResidualCode code, PagePool& extents, PagePool& records, int pages, Kernels& cpu,
+         std::mt19937_64& random)
+      : full(shape, code, extents, records, pages) {
     for (int i = 0; i < pages; ++i) {
       sets.push_back(random_page_set(shape, random));
     }
+    if (code == ResidualCode::resident) {
+      resident_pages = std::make_unique<OwnedPool>(head_page_bytes(kResident, shape),
+                                                   std::max(1, pages) * shape.layers * shape.kv_heads);
+      resident = std::make_unique<ResidentKv>(shape, kResident, resident_pages->pool,
+                                              ResidentIndex{.memory = nullptr, .max_pages = std::max(1, pages)});
+      for (int layer = 0; layer < shape.layers; ++layer) {
+        quantize(shape, layer, cpu);
+      }
+    }
   }
   int pages() const { return static_cast<int>(sets.size()); }
+  FetchPart part(int count, int first_staged = 0) const {
+    return {.full = &full, .resident = resident.get(), .pages = count, .first_staged = first_staged};
+  }
+  // What crosses for so many of its pages.
+  size_t bytes(int count) const {
+    size_t sum = 0;
+    for (int layer = 0; layer < kShape.layers && count > 0; ++layer) {
+      sum += full.end(layer, count - 1);
+    }
+    return sum;
+  }
   std::vector<const std::byte*> pointers(int first, int last) const {
     std::vector<const std::byte*> out;
     for (int i = first; i < last; ++i) {
@@ -41,6 +66,18 @@ struct Stored {
   }
   const std::byte* page(const KvShape& shape, int layer, int page) const {
     return sets[static_cast<size_t>(page)].data() + static_cast<size_t>(layer) * page_bytes(shape);
+  }
+
+ private:
+  void quantize(const KvShape& shape, int layer, Kernels& cpu) {
+    ResidentLayer& to = resident->layer(layer);
+    for (int head = 0; head < shape.kv_heads; ++head) {
+      check(to.resize(head, pages() * kPageTokens), "room for the resident form");
+      for (int i = 0; i < pages(); ++i) {
+        cpu.quantize_head_page(page(shape, layer, i) + static_cast<size_t>(head) * head_page_bytes(KvFormat{}, shape),
+                               kPageTokens, shape, kResident, to.head_page(head, i));
+      }
+    }
   }
 };
 
@@ -52,21 +89,23 @@ struct Link {
   std::mt19937_64 random{17};
   std::unique_ptr<Kernels> cpu = make_lane();
   SimulatedGpu gpu;
+  ResidualCode code;
   std::unique_ptr<Device> device;
   std::unique_ptr<Device> host = make_cpu_device(size_t{1} << 20);
   Kernels& lane;  // that reads what was brought
   OwnedPool extents;
-  OwnedPool checksums;
+  OwnedPool records;
   std::vector<std::unique_ptr<Stored>> sequences;
   std::unique_ptr<Wire> wire;  // ends before what it reads and writes
 
   explicit Link(Carrier carrier, const WireOptions& options, uint64_t seed = 3)
       : shape(kShape),
         gpu(*cpu, seed),
-        device(make_memory(carrier, Staging::bytes(shape, options.ring_layers, options.slot_pages))),
+        code(options.code),
+        device(make_memory(carrier, size_t{64} << 20)),
         lane(carrier == Carrier::threads ? *cpu : gpu.kernels()),
         extents(extent_bytes(shape), 16 * shape.layers),
-        checksums(FullKv::checksum_bytes(shape, kMostPages), 16),
+        records(FullKv::record_bytes(shape, kMostPages), 16),
         wire(make_wire(shape, options, *device, *host, lane)) {}
   static std::unique_ptr<Device> make_memory(Carrier carrier, size_t bytes) {
     if (carrier == Carrier::lanes) {
@@ -76,7 +115,7 @@ struct Link {
   }
 
   Stored& add(int pages) {
-    sequences.push_back(std::make_unique<Stored>(shape, extents.pool, checksums.pool, pages, random));
+    sequences.push_back(std::make_unique<Stored>(shape, code, extents.pool, records.pool, pages, *cpu, random));
     return *sequences.back();
   }
   void await_stored(const Stored& sequence, int pages) const {
@@ -84,8 +123,12 @@ struct Link {
       wire->wait_change(seen);
     }
   }
+  // Pages [first, last), without waiting.
+  void store(Stored& sequence, int first, int last) const {
+    wire->store(sequence.full, first, sequence.pointers(first, last), sequence.resident.get());
+  }
   void store(Stored& sequence) {
-    wire->store(sequence.full, 0, sequence.pointers(0, sequence.pages()));
+    store(sequence, 0, sequence.pages());
     await_stored(sequence, sequence.pages());
   }
   // Returns when the lane has the layer at hand, proved.

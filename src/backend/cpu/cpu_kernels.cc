@@ -13,6 +13,7 @@
 #include "backend/cpu/blocks.h"
 #include "backend/cpu/packing.h"
 #include "backend/cpu/products.h"
+#include "backend/cpu/residuals.h"
 #include "backend/cpu/scores.h"
 #include "backend/cpu/simd.h"
 #include "base/check.h"
@@ -121,6 +122,8 @@ class CpuKernels final : public Kernels {
   }
 
   void copy(std::span<const BlockCopy> copies) override { copy_blocks(copies, pool_); }
+  void encode(const EncodeArgs& args) override { encode_residuals(args); }
+  void decode(const DecodeArgs& args) override { decode_residuals(args); }
   void zero(std::byte* target, size_t bytes) override { std::fill_n(target, bytes, std::byte{0}); }
   void checksum(const BlockRow& blocks, uint64_t* checksums) override { checksum_blocks(blocks, checksums, pool_); }
   void prove(const BlockRow& blocks, const uint64_t* checksums, uint32_t* mismatches) override {

@@ -145,6 +145,8 @@ class CudaKernels final : public Kernels {
     check_cuda(cudaMemsetAsync(target, 0, bytes, stream()), "zeroing memory");
   }
   void delay(int microseconds) override { cuda::delay(microseconds, stream()); }
+  void encode(const EncodeArgs& args) override { cuda::encode(args, stream()); }
+  void decode(const DecodeArgs& args) override { cuda::decode(args, stream()); }
   void checksum(const BlockRow& blocks, uint64_t* checksums) override { cuda::checksum(blocks, checksums, stream()); }
   void prove(const BlockRow& blocks, const uint64_t* checksums, uint32_t* mismatches) override {
     cuda::prove(blocks, checksums, mismatches, passes().proof_scratch.as<uint32_t>(), stream());

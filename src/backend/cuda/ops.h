@@ -94,6 +94,10 @@ void quantize_head_page(const std::byte* source, int tokens, const KvShape& shap
 void dequantize_head_page(const std::byte* source, const KvShape& shape, const KvFormat& format, std::byte* out,
                           cudaStream_t stream);
 
+// residuals.cu
+void encode(const EncodeArgs& args, cudaStream_t stream);
+void decode(const DecodeArgs& args, cudaStream_t stream);
+
 // attention_mass.cu
 void attention_mass(const MassArgs& args, cudaStream_t stream);
 

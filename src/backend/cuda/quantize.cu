@@ -2,6 +2,7 @@
 // A block takes one head page through shared memory (page_encoder.cuh).
 #include <cuda_runtime.h>
 
+#include "backend/cuda/head_dim.h"
 #include "backend/cuda/ops.h"
 #include "backend/cuda/page_encoder.cuh"
 #include "base/check.h"
@@ -136,27 +137,6 @@ __global__ void __launch_bounds__(kHeadDim)
     copy_part<kHeadDim>(reinterpret_cast<const uint4*>(values), reinterpret_cast<uint4*>(out));
   } else {
     dequantize_part<kHeadDim, false>(values, format.value_bits, out);
-  }
-}
-
-// run(a value whose type tells the head dim)
-template <int kHeadDim>
-struct HeadDim {
-  static constexpr int kValue = kHeadDim;
-};
-template <typename Run>
-void for_head_dim(int head_dim, const Run& run) {
-  switch (head_dim) {
-    case 32:
-      return run(HeadDim<32>());
-    case 64:
-      return run(HeadDim<64>());
-    case 96:
-      return run(HeadDim<96>());
-    case 128:
-      return run(HeadDim<128>());
-    default:
-      check(false, "head pages are packed for head dims 32, 64, 96 and 128");
   }
 }
 

@@ -1,0 +1,272 @@
+// A row of an encoded page (residual_code.h) in the lanes of a warp, 8 values each: what resident codes leave open, and
+// the bits of rows.
+// Device code; all lanes of a warp call together.
+#pragma once
+
+#include "backend/cuda/packed_layout.h"
+#include "backend/cuda/warp_ops.cuh"
+#include "backend/residual_code.h"
+
+namespace vericache::cuda {
+
+constexpr int kRowHalves = kRowValues;
+
+// The sum of what the lanes below this one hold; `total` that of all.
+__device__ inline int sum_below(int value, int& total) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  int sum = value;
+#pragma unroll
+  for (int apart = 1; apart < 32; apart *= 2) {
+    const int other = __shfl_up_sync(kAllLanes, sum, apart);
+    sum += lane >= apart ? other : 0;
+  }
+  total = __shfl_sync(kAllLanes, sum, 31);
+  return sum - value;
+}
+
+__device__ inline void unpack_values(const uint4& packed, uint32_t (&values)[kLaneValues]) {
+  const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
+#pragma unroll
+  for (int i = 0; i < kLaneValues; ++i) {
+    values[i] = words[i / 2] >> (16 * (i % 2)) & 0xffffu;
+  }
+}
+__device__ inline uint4 pack_values(const uint32_t (&values)[kLaneValues]) {
+  uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    words[i] = values[2 * i] | values[2 * i + 1] << 16;
+  }
+  return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+// The fields of a lane's values: of a row of K, 8 dims of one token; of V, 8 tokens of one dim (layout.h).
+template <int kHeadDim>
+__device__ inline void read_fields(const std::byte* part, bool keys, int bits, int row, int lane,
+                                   ResidualField (&fields)[kLaneValues]) {
+  const int c = lane % 4;
+  const int groups = keys ? kHeadDim : kPageTokens;
+  const int plane_bits = bits == 2 ? 2 : 4;
+  CodePlace place;
+  int group;  // of the first value
+  if (keys) {
+    const int token = row % 8 * 8 + lane / 4;
+    group = row / 8 * 32 + 8 * c;
+    place = key_place(token, group, plane_bits);
+  } else {
+    const int dim = row % (kHeadDim / 8) * 8 + lane / 4;
+    group = row / (kHeadDim / 8) * 32 + 8 * c;
+    place = value_place(group, dim, plane_bits);
+  }
+  uint32_t scales[kLaneValues];
+  uint32_t minima[kLaneValues];
+  const auto* affine = reinterpret_cast<const uint16_t*>(part);
+  unpack_values(*reinterpret_cast<const uint4*>(affine + group), scales);
+  unpack_values(*reinterpret_cast<const uint4*>(affine + groups + group), minima);
+  const auto* planes = reinterpret_cast<const uint32_t*>(part + groups * 4);
+  const uint32_t first = planes[place.word];
+  const uint32_t second = bits == 8 ? planes[plane_bytes(4, kHeadDim) / 4 + place.word] : 0;
+#pragma unroll
+  for (int i = 0; i < kLaneValues; ++i) {
+    const int shift = place.shift + pair_shift(i, plane_bits, 0);
+    const uint32_t mask = (1u << plane_bits) - 1;
+    uint32_t code = first >> shift & mask;
+    if (bits == 8) {
+      code = code << 4 | (second >> shift & mask);
+    }
+    fields[i] = affine_field(code, __uint_as_float(scales[i] << 16), __uint_as_float(minima[i] << 16));
+  }
+}
+
+// A block of an encoded page. Whatever it holds, nothing outside it is read.
+struct BlockReader {
+  const uint32_t* words;
+  uint32_t last;  // word
+  __device__ uint32_t word(uint32_t index) const { return words[min(index, last)]; }
+  __device__ uint32_t half(uint32_t index) const { return word(index / 2) >> (16 * (index % 2)) & 0xffffu; }
+  __device__ uint32_t byte(uint32_t index) const { return word(index / 4) >> (8 * (index % 4)) & 0xffu; }
+  __device__ uint32_t bits(uint32_t at, int count) const {
+    const uint32_t index = at / 32;
+    return __funnelshift_r(word(index), word(index + 1), at % 32) & ((1u << count) - 1);
+  }
+};
+
+__device__ inline uint4 read_raw(const BlockReader& block, uint32_t begin, int lane) {
+  uint32_t values[kLaneValues];
+#pragma unroll
+  for (int i = 0; i < kLaneValues; ++i) {
+    values[i] = block.half(begin + static_cast<uint32_t>(lane * kLaneValues + i));
+  }
+  return pack_values(values);
+}
+
+__device__ inline uint4 read_coded(const BlockReader& block, uint32_t begin,
+                                   const ResidualField (&fields)[kLaneValues]) {
+  int own = 0;
+#pragma unroll
+  for (int i = 0; i < kLaneValues; ++i) {
+    own += fields[i].bits();
+  }
+  int total;
+  uint32_t at = begin * 16 + static_cast<uint32_t>(sum_below(own, total));
+  uint32_t values[kLaneValues];
+  uint32_t escaped = 0;
+#pragma unroll
+  for (int i = 0; i < kLaneValues; ++i) {
+    const uint32_t bits = block.bits(at, fields[i].bits());
+    at += static_cast<uint32_t>(fields[i].bits());
+    escaped |= residual_escapes(fields[i], bits) ? 1u << i : 0;
+    values[i] = value_of(fields[i], bits);
+  }
+  if (__any_sync(kAllLanes, escaped != 0)) {
+    int escapes;
+    uint32_t next =
+        begin + (static_cast<uint32_t>(total) + 15) / 16 + static_cast<uint32_t>(sum_below(__popc(escaped), escapes));
+#pragma unroll
+    for (int i = 0; i < kLaneValues; ++i) {
+      if (escaped >> i & 1) {
+        values[i] = block.half(next++);
+      }
+    }
+  }
+  return pack_values(values);
+}
+
+__device__ inline uint4 read_lossless(const BlockReader& block, uint32_t begin, int lane) {
+  const uint32_t base = block.half(begin);
+  uint32_t at = (begin + 1) * 16 + static_cast<uint32_t>(lane * kLaneValues * kLosslessBits);
+  uint32_t coded[kLaneValues];
+  int own = 0;
+#pragma unroll
+  for (int i = 0; i < kLaneValues; ++i) {
+    coded[i] = block.bits(at, kLosslessBits);
+    at += kLosslessBits;
+    own += coded[i] >> 8 == kLosslessEscape ? 1 : 0;
+  }
+  int escapes;
+  constexpr int kPayloadBytes = kRowValues * kLosslessBits / 8;
+  uint32_t next = (begin + 1) * 2 + kPayloadBytes + static_cast<uint32_t>(sum_below(own, escapes));
+  uint32_t values[kLaneValues];
+#pragma unroll
+  for (int i = 0; i < kLaneValues; ++i) {
+    const uint32_t below = coded[i] >> 8;
+    values[i] = lossless_value(coded[i], below == kLosslessEscape ? block.byte(next++) : base - below);
+  }
+  return pack_values(values);
+}
+
+// A row as a lane is about to write it.
+struct LaneRow {
+  uint32_t bits[kLaneValues];
+  int widths[kLaneValues];
+  uint32_t escaped = 0;  // values, one bit each
+  int own_bits = 0;
+  int first_bit = 0;     // of this lane
+  int total_bits = 0;    // of the warp, without a base
+  int first_escape = 0;  // of this lane
+  int escapes = 0;       // of the warp
+  bool raw = false;
+  int halves = 0;  // of the row
+};
+
+__device__ inline void measure(LaneRow& row, bool fits, bool lossless) {
+  row.own_bits = 0;
+#pragma unroll
+  for (int i = 0; i < kLaneValues; ++i) {
+    row.own_bits += row.widths[i];
+  }
+  row.first_bit = sum_below(row.own_bits, row.total_bits);
+  row.first_escape = sum_below(__popc(row.escaped), row.escapes);
+  const int escape_halves = lossless ? (row.escapes + 1) / 2 : row.escapes;
+  row.halves = (lossless ? 1 : 0) + (row.total_bits + 15) / 16 + escape_halves;
+  row.raw = row.halves >= kRowHalves || __any_sync(kAllLanes, !fits);
+  row.halves = row.raw ? kRowHalves : row.halves;
+}
+
+__device__ inline void code_row(const uint32_t (&values)[kLaneValues], const ResidualField (&fields)[kLaneValues],
+                                LaneRow& row) {
+  bool fits = true;
+#pragma unroll
+  for (int i = 0; i < kLaneValues; ++i) {
+    const CodedValue coded = code_value(fields[i], values[i]);
+    fits = fits && coded.fits;
+    row.bits[i] = coded.bits;
+    row.widths[i] = fields[i].bits();
+    row.escaped |= coded.escapes ? 1u << i : 0;
+  }
+  measure(row, fits, false);
+}
+
+// As lossless_base() of residual_rows.h.
+__device__ inline uint32_t choose_base(const uint32_t (&values)[kLaneValues]) {
+  uint32_t own = 0;
+#pragma unroll
+  for (int i = 0; i < kLaneValues; ++i) {
+    own = max(own, exponent_of(values[i]));
+  }
+  const uint32_t most = __reduce_max_sync(kAllLanes, own);
+  uint32_t best = most;
+  unsigned best_held = 0;
+  for (uint32_t base = most; base + 8 > most && base <= most; --base) {
+    unsigned held = 0;
+#pragma unroll
+    for (int i = 0; i < kLaneValues; ++i) {
+      held += base - exponent_of(values[i]) < kLosslessEscape ? 1 : 0;
+    }
+    held = __reduce_add_sync(kAllLanes, held);
+    if (held > best_held || base == most) {
+      best_held = held;
+      best = base;
+    }
+  }
+  return best;
+}
+
+__device__ inline void code_lossless_row(const uint32_t (&values)[kLaneValues], uint32_t base, LaneRow& row) {
+#pragma unroll
+  for (int i = 0; i < kLaneValues; ++i) {
+    const CodedValue coded = code_lossless(base, values[i]);
+    row.bits[i] = coded.bits;
+    row.widths[i] = kLosslessBits;
+    row.escaped |= coded.escapes ? 1u << i : 0;
+  }
+  measure(row, true, true);
+}
+
+// Into zeroed shared words, the row beginning at the first.
+__device__ inline void put_bits(uint32_t* words, int at, uint32_t bits, int count) {
+  const int shift = at % 32;
+  if (count > 0) {
+    atomicOr(words + at / 32, bits << shift);
+    if (shift + count > 32) {
+      atomicOr(words + at / 32 + 1, bits >> (32 - shift));
+    }
+  }
+}
+__device__ inline void put_row(const LaneRow& row, const uint32_t (&values)[kLaneValues], bool lossless, uint32_t base,
+                               int lane, uint32_t* words) {
+  if (row.raw) {
+#pragma unroll
+    for (int i = 0; i < kLaneValues; ++i) {
+      put_bits(words, (lane * kLaneValues + i) * 16, values[i], 16);
+    }
+    return;
+  }
+  int at = row.first_bit + (lossless ? 16 : 0);
+  if (lossless && lane == 0) {
+    put_bits(words, 0, base, 16);
+  }
+  const int escape_bits = lossless ? 8 : 16;
+  int next = (lossless ? 16 : 0) + (row.total_bits + 15) / 16 * 16 + row.first_escape * escape_bits;
+#pragma unroll
+  for (int i = 0; i < kLaneValues; ++i) {
+    put_bits(words, at, row.bits[i], row.widths[i]);
+    at += row.widths[i];
+    if (row.escaped >> i & 1) {
+      put_bits(words, next, lossless ? exponent_of(values[i]) : values[i], escape_bits);
+      next += escape_bits;
+    }
+  }
+}
+
+}  // namespace vericache::cuda

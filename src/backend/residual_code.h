@@ -1,0 +1,168 @@
+// What a bf16 value's resident code leaves open, as bits: the arithmetic of the exact residuals. Host and device code;
+// pure.
+#pragma once
+
+#include <bit>
+#include <cstddef>
+#include <cstdint>
+
+#include "backend/kv_view.h"
+#include "base/host_device.h"
+
+namespace vericache {
+
+// How the full KV crosses the wire and lies outside the device.
+enum class ResidualCode {
+  plain,     // bf16 pages as they are
+  lossless,  // coded by itself: for pages whose resident part does not stand page for page, or is absent
+  resident   // coded as what the resident page of the same tokens lacks
+};
+
+// An encoded page, all of it in units of 16 bytes:
+//   uint32 (kv_heads), padded to a unit: where each head's block ends, in units from the page's beginning;
+//   the blocks of the heads.
+// A block, of K and then V of a head page, in halves of 2 bytes: uint16 (rows): where each row ends, in halves from the
+// block's beginning; the rows; zeros up to a unit.
+// A row holds 256 values that lie one after the other in the bf16 head page: the lanes of a warp, 8 values each. It is
+// the values themselves if it has 256 halves, and nothing if the resident part has them as they are. Else:
+//   lossless only: a half that holds the row's base exponent;
+//   the fields of the values, one behind the other from the lowest bit on, padded to a half;
+//   what escaped, in order, padded to a half: the value (16 bits), of a lossless row its exponent (8 bits).
+// No field depends on another, so that all lanes of a row and all rows are read at once.
+inline constexpr int kRowValues = 256;
+inline constexpr int kLaneValues = 8;
+inline constexpr size_t kResidualUnit = 16;
+
+VERICACHE_BOTH inline int residual_key_rows(const KvShape& shape) {
+  return shape.key_dim() * kPageTokens / kRowValues;
+}
+VERICACHE_BOTH inline int residual_rows(const KvShape& shape) {
+  return (shape.key_dim() + shape.head_dim) * kPageTokens / kRowValues;
+}
+VERICACHE_BOTH inline uint32_t residual_header_units(const KvShape& shape) {
+  return (static_cast<uint32_t>(shape.kv_heads) + 3) / 4;
+}
+VERICACHE_BOTH inline uint32_t residual_units(uint32_t halves) {
+  return (halves + 7) / 8;
+}
+// The most bytes that a page takes.
+inline size_t residual_bound(const KvShape& shape) {
+  const auto rows = static_cast<uint32_t>(residual_rows(shape));
+  return (residual_header_units(shape) +
+          static_cast<size_t>(shape.kv_heads) * residual_units(rows + rows * kRowValues)) *
+         kResidualUnit;
+}
+
+// The values that a resident code may stand for: magnitudes (the low 15 bits of a bf16, in which its magnitude grows)
+// from `top` down, of one sign or of both.
+struct ResidualField {
+  uint32_t top = 0x7fff;
+  int magnitude_bits = 15;  // of top - magnitude
+  bool either_sign = true;  // then the sign is one bit more, above
+  bool negative = false;    // else this is it
+  bool open = false;        // smaller magnitudes escape: all ones says so
+  VERICACHE_BOTH int bits() const { return magnitude_bits + (either_sign ? 1 : 0); }
+};
+
+VERICACHE_BOTH inline uint32_t residual_float_bits(float x) {
+#ifdef __CUDA_ARCH__
+  return __float_as_uint(x);
+#else
+  return std::bit_cast<uint32_t>(x);
+#endif
+}
+
+// A float that is not NaN to the nearest bf16, ties to even.
+VERICACHE_BOTH inline uint32_t residual_round(float x) {
+  const uint32_t u = residual_float_bits(x);
+  return (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+}
+
+// Smallest n with 2^n >= x, for 1 <= x < 2^15.
+VERICACHE_BOTH inline int residual_log2(uint32_t x) {
+#ifdef __CUDA_ARCH__
+  return 32 - __clz(static_cast<int>(x - 1));
+#else
+  return static_cast<int>(std::bit_width(x - 1));
+#endif
+}
+
+// Affine codes: a value lies within half a step of minimum + code * scale. Near zero a step holds every small exponent:
+// what is below a sixteenth of the step's far end escapes, so that no code leaves more than 9 bits and a sign open.
+VERICACHE_BOTH inline ResidualField affine_field(uint32_t code, float scale, float minimum) {
+  constexpr uint32_t kMostMagnitudes = 511;
+  const auto step = static_cast<float>(code);
+  // Products of 9 and 8 significant bits are exact: only the sums round, contracted or not.
+  const float low = minimum + (step - 0.5f) * scale;
+  const float high = minimum + (step + 0.5f) * scale;
+  ResidualField field;
+  if (!(low <= high)) {
+    return field;  // NaN: anything goes
+  }
+  const uint32_t a = residual_round(low);
+  const uint32_t b = residual_round(high);
+  const uint32_t magnitude_a = a & 0x7fffu;
+  const uint32_t magnitude_b = b & 0x7fffu;
+  field.either_sign = (a ^ b) >> 15 != 0;
+  field.negative = b >> 15 != 0;
+  field.top = magnitude_a > magnitude_b ? magnitude_a : magnitude_b;
+  const uint32_t bottom = field.either_sign ? 0 : magnitude_a < magnitude_b ? magnitude_a : magnitude_b;
+  const uint32_t magnitudes = field.top - bottom + 1;
+  field.open = magnitudes > kMostMagnitudes;
+  field.magnitude_bits = field.open ? 9 : residual_log2(magnitudes);
+  return field;
+}
+
+struct CodedValue {
+  uint32_t bits = 0;
+  bool escapes = false;  // the value itself follows
+  bool fits = true;      // false: the row stays as it is
+};
+
+VERICACHE_BOTH inline CodedValue code_value(const ResidualField& field, uint32_t value) {
+  const uint32_t magnitude = value & 0x7fffu;
+  const bool negative = value >> 15 != 0;
+  const uint32_t ones = (1u << field.magnitude_bits) - 1;
+  const uint32_t most = field.open ? ones - 1 : ones;
+  const uint32_t below = field.top - magnitude;
+  CodedValue coded;
+  if (magnitude > field.top || below > most || (!field.either_sign && negative != field.negative)) {
+    coded.bits = ones;
+    coded.escapes = field.open;
+    coded.fits = field.open;
+    return coded;
+  }
+  coded.bits = below | (field.either_sign && negative ? ones + 1 : 0);
+  return coded;
+}
+
+VERICACHE_BOTH inline bool residual_escapes(const ResidualField& field, uint32_t bits) {
+  const uint32_t ones = (1u << field.magnitude_bits) - 1;
+  return field.open && (bits & ones) == ones;
+}
+// Any bits give a value; those of code_value give the one that was coded.
+VERICACHE_BOTH inline uint32_t value_of(const ResidualField& field, uint32_t bits) {
+  const uint32_t ones = (1u << field.magnitude_bits) - 1;
+  const bool negative = field.either_sign ? bits > ones : field.negative;
+  return ((field.top - (bits & ones)) & 0x7fffu) | (negative ? 0x8000u : 0);
+}
+
+// Lossless: sign and mantissa, and how far the exponent lies below the row's base; 7 and more, or above it, escapes.
+inline constexpr int kLosslessBits = 11;
+inline constexpr uint32_t kLosslessEscape = 7;
+
+VERICACHE_BOTH inline uint32_t exponent_of(uint32_t value) {
+  return value >> 7 & 0xffu;
+}
+VERICACHE_BOTH inline CodedValue code_lossless(uint32_t base, uint32_t value) {
+  const uint32_t below = base - exponent_of(value);  // above the base: huge
+  CodedValue coded;
+  coded.escapes = below >= kLosslessEscape;
+  coded.bits = (value & 0x7fu) | (value >> 15) << 7 | (coded.escapes ? kLosslessEscape : below) << 8;
+  return coded;
+}
+VERICACHE_BOTH inline uint32_t lossless_value(uint32_t bits, uint32_t exponent) {
+  return (bits & 0x7fu) | (bits & 0x80u) << 8 | (exponent & 0xffu) << 7;
+}
+
+}  // namespace vericache
