@@ -104,6 +104,12 @@ tarball: packages ## build with the CUDA backend (needs nvcc) and pack binaries 
 	cmake --preset cuda >/dev/null
 	cmake --build build-cuda --target tarball
 
+.PHONY: gpu-proof
+gpu-proof: packages ## on a machine with a GPU: the CUDA tests under compute-sanitizer, SLICE_SECONDS (300) a suite and tool
+	cmake --preset cuda >/dev/null
+	cmake --build build-cuda --target test_cuda
+	tools/gpu_proof.sh build-cuda/tests/test_cuda
+
 .PHONY: clean
 clean: ## remove every build folder
 	rm -rf build build-*

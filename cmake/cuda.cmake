@@ -1,5 +1,5 @@
-# The CUDA half of the backend room, src/backend/cuda/*.cu and *.cc, and its benchmarks, bench/cuda/*_bench.cu. Its tests,
-# tests/backend/cuda/*_test.*, are made where the other tests are.
+# The CUDA half of the backend room, src/backend/cuda/*.cu and *.cc, and its benchmarks: bench/cuda/*_bench.cu of
+# kernels, *_bench.cc of whole steps of a model. Its tests, tests/backend/cuda/*_test.*, are made where the other tests are.
 file(GLOB cuda_sources CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/src/backend/cuda/*.cu ${CMAKE_SOURCE_DIR}/src/backend/cuda/*.cc)
 if(NOT cuda_sources)
   message(STATUS "src/backend/cuda holds no code: this preset builds the CPU engine alone")
@@ -31,10 +31,10 @@ set_target_properties(vericache_backend PROPERTIES
   CUDA_ARCHITECTURES "${VERICACHE_CUDA_ARCHITECTURES}" CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON CUDA_EXTENSIONS OFF)
 target_link_libraries(vericache_backend PUBLIC CUDA::cudart_static CUDA::cublasLt)
 
-file(GLOB cuda_benches CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/bench/cuda/*_bench.cu)
+file(GLOB cuda_benches CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/bench/cuda/*_bench.c[cu])
 foreach(source ${cuda_benches})
   get_filename_component(name ${source} NAME_WE)
   add_executable(${name} ${source})
-  target_link_libraries(${name} PRIVATE vericache_backend)
+  target_link_libraries(${name} PRIVATE vericache_model)
   set_target_properties(${name} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/bench/cuda)
 endforeach()

@@ -112,6 +112,7 @@ class DrivenSequence {
   DrivenSequence& operator=(const DrivenSequence&) = delete;
 
   int left() const { return static_cast<int>(tokens_.size()) - done_; }
+  int length() const { return static_cast<int>(tokens_.size()); }
   int done() const { return done_; }
   int past_pages() const { return past_pages_; }
   TokenId* board() const { return board_; }
@@ -132,8 +133,12 @@ class DrivenSequence {
       }
     }
     if (!copies.empty()) {
-      bench_.lane.copy(copies);
-      bench_.lane.wait(bench_.lane.mark());
+      // As the wire brings them: late, on a lane of its own. Nothing is under way on the lane of passes now.
+      Kernels& wire = bench_.model.kernels().lane(Kernels::Place::wire_in);
+      wire.copy(copies);
+      if (&wire != &bench_.lane) {
+        bench_.lane.follow(wire, wire.mark());
+      }
     }
     for (std::byte* page : past_) {
       bench_.pages.give(page);
@@ -156,6 +161,7 @@ class DrivenSequence {
 
   // All KV bits of the tokens computed so far, wherever they lie.
   std::vector<uint16_t> kv_bits() const {
+    bench_.lane.wait(bench_.lane.mark());
     std::vector<uint16_t> bits;
     std::vector<bf16> values(page_bytes(shape_) / sizeof(bf16));
     const size_t head_values = head_page_bytes(KvFormat{}, shape_) / sizeof(bf16);

@@ -204,7 +204,7 @@ CudaKernels::CudaKernels(const CudaOptions& options)
       name_("cuda " + gpu_name()),
       graphs_(options.graphs) {
   passes_ = std::make_unique<PassLane>(limits_of(options, options.max_rows), true, lane_.stream());
-  products_ = std::make_unique<Products>(options.max_rows);
+  products_ = std::make_unique<Products>(options.max_rows, !options.exact_products);
   draft_products_ = std::make_unique<Products>(options.max_sequences, true);
   draft_.reset(new CudaKernels(*this, options, Place::draft));
   wire_in_.reset(new CudaKernels(*this, options, Place::wire_in));

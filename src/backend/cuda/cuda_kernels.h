@@ -16,6 +16,7 @@ struct CudaOptions {
   int max_context_tokens = 0;  // of one sequence
   int max_sequences = 0;       // of one pass
   bool graphs = true;          // off: draft passes are enqueued op by op too, for debuggers and sanitizers
+  bool exact_products = true;  // off: full passes multiply as drafts do, for measuring what exactness costs
 };
 
 // Error when there is no GPU, or for a shape that the kernels do not take.
