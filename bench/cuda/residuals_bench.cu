@@ -67,7 +67,8 @@ struct Memory {
   std::byte* packed = allocate<std::byte>(kSets * kPages * page);
   std::byte* coded = allocate<std::byte>(kSets * kPages * residual_bound(kShape));
   uint32_t* sizes = allocate<uint32_t>(EncodeArgs::kMostPages * kShape.kv_heads);
-  uint32_t* ends = nullptr;  // (kSets, kPages), pinned
+  uint32_t* ends = nullptr;  // (kSets, kPages), of the host
+  uint32_t* device_ends = allocate<uint32_t>(kSets * kPages);
   uint32_t* scratch_ends = nullptr;
   Memory() {
     check_cuda(cudaMallocHost(&ends, kSets * kPages * sizeof(uint32_t)), "cudaMallocHost");
@@ -132,11 +133,12 @@ void bench(const char* name, const KvFormat& format, ResidualCode code, const Me
     }
     coded_bytes = units * kResidualUnit;
   }
+  check_cuda(cudaMemcpy(m.device_ends, m.ends, kSets * kPages * sizeof(uint32_t), cudaMemcpyHostToDevice), "upload");
   const double decode_us = median_us([&](int set) {
     decode({.shape = kShape,
             .code = code,
             .in = m.coded + static_cast<size_t>(set) * kPages * residual_bound(kShape),
-            .ends = m.ends + set * kPages,
+            .ends = m.device_ends + set * kPages,
             .count = kPages,
             .resident = resident[static_cast<size_t>(set)],
             .out = m.back + static_cast<size_t>(set) * bytes},

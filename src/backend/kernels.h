@@ -171,7 +171,7 @@ struct DecodeArgs {
   KvShape shape{};
   ResidualCode code = ResidualCode::lossless;
   const std::byte* in = nullptr;   // encoded pages, one after the other
-  const uint32_t* ends = nullptr;  // (count), as EncodeArgs'
+  const uint32_t* ends = nullptr;  // (count): where each ends, in units from `in`
   int count = 0;
   KvView resident{};
   std::byte* out = nullptr;  // bf16 pages, one after the other

@@ -55,30 +55,33 @@ inline size_t residual_bound(const KvShape& shape) {
 
 // The values that a resident code may stand for: magnitudes (the low 15 bits of a bf16, in which its magnitude grows)
 // from `top` down, of one sign or of both.
+inline constexpr int kOpenBits = 9;
+inline constexpr int kMostFieldBits = kOpenBits + 1;
 struct ResidualField {
   uint32_t top = 0x7fff;
-  int magnitude_bits = 15;  // of top - magnitude
-  bool either_sign = true;  // then the sign is one bit more, above
-  bool negative = false;    // else this is it
-  bool open = false;        // smaller magnitudes escape: all ones says so
+  int magnitude_bits = 0;    // of top - magnitude, kOpenBits at most: then smaller magnitudes escape, all ones says so
+  bool either_sign = false;  // then the sign is one bit more, above
+  bool negative = false;     // else this is it
   VERICACHE_BOTH int bits() const { return magnitude_bits + (either_sign ? 1 : 0); }
+  VERICACHE_BOTH bool open() const { return magnitude_bits == kOpenBits; }
 };
 
-VERICACHE_BOTH inline uint32_t residual_float_bits(float x) {
+// Two floats to the nearest bf16, ties to even, the first in the low half. NaN gives something.
+VERICACHE_BOTH inline uint32_t residual_round(float first, float second) {
 #ifdef __CUDA_ARCH__
-  return __float_as_uint(x);
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  return pair;
 #else
-  return std::bit_cast<uint32_t>(x);
+  const auto round = [](float x) {
+    const auto u = std::bit_cast<uint32_t>(x);
+    return (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  };
+  return round(first) | round(second) << 16;
 #endif
 }
 
-// A float that is not NaN to the nearest bf16, ties to even.
-VERICACHE_BOTH inline uint32_t residual_round(float x) {
-  const uint32_t u = residual_float_bits(x);
-  return (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-}
-
-// Smallest n with 2^n >= x, for 1 <= x < 2^15.
+// Smallest n with 2^n >= x, for 1 <= x <= 2^15.
 VERICACHE_BOTH inline int residual_log2(uint32_t x) {
 #ifdef __CUDA_ARCH__
   return 32 - __clz(static_cast<int>(x - 1));
@@ -88,28 +91,25 @@ VERICACHE_BOTH inline int residual_log2(uint32_t x) {
 }
 
 // Affine codes: a value lies within half a step of minimum + code * scale. Near zero a step holds every small exponent:
-// what is below a sixteenth of the step's far end escapes, so that no code leaves more than 9 bits and a sign open.
+// what is below a sixteenth of the step's far end escapes, so that no code leaves more than kMostFieldBits open.
 VERICACHE_BOTH inline ResidualField affine_field(uint32_t code, float scale, float minimum) {
-  constexpr uint32_t kMostMagnitudes = 511;
   const auto step = static_cast<float>(code);
   // Products of 9 and 8 significant bits are exact: only the sums round, contracted or not.
   const float low = minimum + (step - 0.5f) * scale;
   const float high = minimum + (step + 0.5f) * scale;
-  ResidualField field;
   if (!(low <= high)) {
-    return field;  // NaN: anything goes
+    return {};  // NaN: hardly a value fits
   }
-  const uint32_t a = residual_round(low);
-  const uint32_t b = residual_round(high);
-  const uint32_t magnitude_a = a & 0x7fffu;
-  const uint32_t magnitude_b = b & 0x7fffu;
-  field.either_sign = (a ^ b) >> 15 != 0;
-  field.negative = b >> 15 != 0;
-  field.top = magnitude_a > magnitude_b ? magnitude_a : magnitude_b;
-  const uint32_t bottom = field.either_sign ? 0 : magnitude_a < magnitude_b ? magnitude_a : magnitude_b;
-  const uint32_t magnitudes = field.top - bottom + 1;
-  field.open = magnitudes > kMostMagnitudes;
-  field.magnitude_bits = field.open ? 9 : residual_log2(magnitudes);
+  const uint32_t pair = residual_round(low, high);
+  const uint32_t magnitude_low = pair & 0x7fffu;
+  const uint32_t magnitude_high = pair >> 16 & 0x7fffu;
+  ResidualField field;
+  field.either_sign = ((pair << 16 ^ pair) >> 31) != 0;
+  field.negative = pair >> 31 != 0;
+  field.top = magnitude_low > magnitude_high ? magnitude_low : magnitude_high;
+  const uint32_t nearer = magnitude_low < magnitude_high ? magnitude_low : magnitude_high;
+  const int bits = residual_log2(field.top - (field.either_sign ? 0 : nearer) + 1);
+  field.magnitude_bits = bits < kOpenBits ? bits : kOpenBits;
   return field;
 }
 
@@ -123,13 +123,13 @@ VERICACHE_BOTH inline CodedValue code_value(const ResidualField& field, uint32_t
   const uint32_t magnitude = value & 0x7fffu;
   const bool negative = value >> 15 != 0;
   const uint32_t ones = (1u << field.magnitude_bits) - 1;
-  const uint32_t most = field.open ? ones - 1 : ones;
+  const uint32_t most = field.open() ? ones - 1 : ones;
   const uint32_t below = field.top - magnitude;
   CodedValue coded;
   if (magnitude > field.top || below > most || (!field.either_sign && negative != field.negative)) {
     coded.bits = ones;
-    coded.escapes = field.open;
-    coded.fits = field.open;
+    coded.escapes = field.open();
+    coded.fits = field.open();
     return coded;
   }
   coded.bits = below | (field.either_sign && negative ? ones + 1 : 0);
@@ -138,7 +138,7 @@ VERICACHE_BOTH inline CodedValue code_value(const ResidualField& field, uint32_t
 
 VERICACHE_BOTH inline bool residual_escapes(const ResidualField& field, uint32_t bits) {
   const uint32_t ones = (1u << field.magnitude_bits) - 1;
-  return field.open && (bits & ones) == ones;
+  return field.open() && (bits & ones) == ones;
 }
 // Any bits give a value; those of code_value give the one that was coded.
 VERICACHE_BOTH inline uint32_t value_of(const ResidualField& field, uint32_t bits) {

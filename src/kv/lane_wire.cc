@@ -19,11 +19,18 @@ constexpr size_t kCodedSlots = 8;
 constexpr int kBatchPages = 4;
 static_assert(kBatchPages <= EncodeArgs::kMostPages);
 
+// Before the pages of a part, in the ring: where each ends.
+size_t ends_bytes(int pages) {
+  return (static_cast<size_t>(pages) * sizeof(uint32_t) + kResidualUnit - 1) / kResidualUnit * kResidualUnit;
+}
+
 // Room for `ring_layers` layers of the expected size, and for any one.
 size_t ring_bytes_for(const KvShape& shape, const WireOptions& options) {
   const auto pages = static_cast<size_t>(options.slot_pages);
   const auto expected = static_cast<size_t>(options.coded_share * static_cast<double>(page_bytes(shape)));
-  return std::max(static_cast<size_t>(options.ring_layers) * pages * expected, pages * residual_bound(shape));
+  // A part has at least a page: its ends take a unit at most beside the pages'.
+  return std::max(static_cast<size_t>(options.ring_layers) * pages * expected, pages * residual_bound(shape)) +
+         static_cast<size_t>(options.ring_layers) * pages * kResidualUnit;
 }
 size_t outgoing_bytes_for(const KvShape& shape) {
   return static_cast<size_t>(shape.layers) * kBatchPages * residual_bound(shape);
@@ -134,7 +141,7 @@ void LaneWire::pump() {
     if (coded()) {
       size_t bytes = 0;
       for (const FetchPart& part : fetch.parts()) {
-        bytes += part.pages > 0 ? part.full->end(layer, part.pages - 1) : 0;
+        bytes += part.pages > 0 ? ends_bytes(part.pages) + part.full->end(layer, part.pages - 1) : 0;
       }
       Slot placed = slot(sent_);
       if (!place(bytes, placed)) {
@@ -189,7 +196,14 @@ void LaneWire::send_layer(LaneFetch& fetch, int layer) {
       continue;
     }
     const size_t end = part.full->end(layer, part.pages - 1);
-    std::byte* target = coded() ? ring_ + to.begin + bytes : staged(fetch, layer, part.first_staged);
+    std::byte* target = staged(fetch, layer, part.first_staged);
+    if (coded()) {
+      target = ring_ + to.begin + bytes;
+      copies_.push_back({target, reinterpret_cast<const std::byte*>(part.full->ends(layer)),
+                         static_cast<size_t>(part.pages) * sizeof(uint32_t)});
+      target += ends_bytes(part.pages);
+      bytes += ends_bytes(part.pages);
+    }
     part.full->for_each_piece(layer, 0, end, [&](const std::byte* memory, size_t offset, size_t count) {
       copies_.push_back({target + offset, memory, count});
     });
@@ -226,12 +240,12 @@ void LaneWire::await(Fetch& fetch, int layer, Kernels& lane) {
     if (coded()) {
       lane.decode({.shape = shape_,
                    .code = options_.code,
-                   .in = in,
-                   .ends = part.full->ends(layer),
+                   .in = in + ends_bytes(part.pages),
+                   .ends = reinterpret_cast<const uint32_t*>(in),
                    .count = part.pages,
                    .resident = resident_of(part, layer),
                    .out = staged(fetch, layer, part.first_staged)});
-      in += part.full->end(layer, part.pages - 1);
+      in += ends_bytes(part.pages) + part.full->end(layer, part.pages - 1);
     }
     lane.prove({.first = staged(fetch, layer, part.first_staged),
                 .stride = page_bytes_,

@@ -1,5 +1,5 @@
 // A row of an encoded page (residual_code.h) in the lanes of a warp, 8 values each: what resident codes leave open, and
-// the bits of rows.
+// how it is written.
 // Device code; all lanes of a warp call together.
 #pragma once
 
@@ -40,119 +40,51 @@ __device__ inline uint4 pack_values(const uint32_t (&values)[kLaneValues]) {
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// The fields of a lane's values: of a row of K, 8 dims of one token; of V, 8 tokens of one dim (layout.h).
+// Where a lane's values stand in the groups that share an affine code: of a row of K 8 dims of one token, of V 8 tokens
+// of one dim (layout.h).
 template <int kHeadDim>
-__device__ inline void read_fields(const std::byte* part, bool keys, int bits, int row, int lane,
-                                   ResidualField (&fields)[kLaneValues]) {
-  const int c = lane % 4;
-  const int groups = keys ? kHeadDim : kPageTokens;
+__device__ inline int first_group(bool keys, int row, int lane) {
+  return row / (keys ? 8 : kHeadDim / 8) * 32 + 8 * (lane % 4);
+}
+
+// The codes of a lane's values. `planes`: those of the K or V part of a packed head page.
+template <int kHeadDim>
+__device__ inline void read_codes(const uint32_t* planes, bool keys, int bits, int row, int lane,
+                                  uint32_t (&codes)[kLaneValues]) {
   const int plane_bits = bits == 2 ? 2 : 4;
-  CodePlace place;
-  int group;  // of the first value
-  if (keys) {
-    const int token = row % 8 * 8 + lane / 4;
-    group = row / 8 * 32 + 8 * c;
-    place = key_place(token, group, plane_bits);
-  } else {
-    const int dim = row % (kHeadDim / 8) * 8 + lane / 4;
-    group = row / (kHeadDim / 8) * 32 + 8 * c;
-    place = value_place(group, dim, plane_bits);
-  }
-  uint32_t scales[kLaneValues];
-  uint32_t minima[kLaneValues];
-  const auto* affine = reinterpret_cast<const uint16_t*>(part);
-  unpack_values(*reinterpret_cast<const uint4*>(affine + group), scales);
-  unpack_values(*reinterpret_cast<const uint4*>(affine + groups + group), minima);
-  const auto* planes = reinterpret_cast<const uint32_t*>(part + groups * 4);
+  const int group = first_group<kHeadDim>(keys, row, lane);
+  const CodePlace place = keys ? key_place(row % 8 * 8 + lane / 4, group, plane_bits)
+                               : value_place(group, row % (kHeadDim / 8) * 8 + lane / 4, plane_bits);
   const uint32_t first = planes[place.word];
   const uint32_t second = bits == 8 ? planes[plane_bytes(4, kHeadDim) / 4 + place.word] : 0;
 #pragma unroll
   for (int i = 0; i < kLaneValues; ++i) {
     const int shift = place.shift + pair_shift(i, plane_bits, 0);
     const uint32_t mask = (1u << plane_bits) - 1;
-    uint32_t code = first >> shift & mask;
+    codes[i] = first >> shift & mask;
     if (bits == 8) {
-      code = code << 4 | (second >> shift & mask);
-    }
-    fields[i] = affine_field(code, __uint_as_float(scales[i] << 16), __uint_as_float(minima[i] << 16));
-  }
-}
-
-// A block of an encoded page. Whatever it holds, nothing outside it is read.
-struct BlockReader {
-  const uint32_t* words;
-  uint32_t last;  // word
-  __device__ uint32_t word(uint32_t index) const { return words[min(index, last)]; }
-  __device__ uint32_t half(uint32_t index) const { return word(index / 2) >> (16 * (index % 2)) & 0xffffu; }
-  __device__ uint32_t byte(uint32_t index) const { return word(index / 4) >> (8 * (index % 4)) & 0xffu; }
-  __device__ uint32_t bits(uint32_t at, int count) const {
-    const uint32_t index = at / 32;
-    return __funnelshift_r(word(index), word(index + 1), at % 32) & ((1u << count) - 1);
-  }
-};
-
-__device__ inline uint4 read_raw(const BlockReader& block, uint32_t begin, int lane) {
-  uint32_t values[kLaneValues];
-#pragma unroll
-  for (int i = 0; i < kLaneValues; ++i) {
-    values[i] = block.half(begin + static_cast<uint32_t>(lane * kLaneValues + i));
-  }
-  return pack_values(values);
-}
-
-__device__ inline uint4 read_coded(const BlockReader& block, uint32_t begin,
-                                   const ResidualField (&fields)[kLaneValues]) {
-  int own = 0;
-#pragma unroll
-  for (int i = 0; i < kLaneValues; ++i) {
-    own += fields[i].bits();
-  }
-  int total;
-  uint32_t at = begin * 16 + static_cast<uint32_t>(sum_below(own, total));
-  uint32_t values[kLaneValues];
-  uint32_t escaped = 0;
-#pragma unroll
-  for (int i = 0; i < kLaneValues; ++i) {
-    const uint32_t bits = block.bits(at, fields[i].bits());
-    at += static_cast<uint32_t>(fields[i].bits());
-    escaped |= residual_escapes(fields[i], bits) ? 1u << i : 0;
-    values[i] = value_of(fields[i], bits);
-  }
-  if (__any_sync(kAllLanes, escaped != 0)) {
-    int escapes;
-    uint32_t next =
-        begin + (static_cast<uint32_t>(total) + 15) / 16 + static_cast<uint32_t>(sum_below(__popc(escaped), escapes));
-#pragma unroll
-    for (int i = 0; i < kLaneValues; ++i) {
-      if (escaped >> i & 1) {
-        values[i] = block.half(next++);
-      }
+      codes[i] = codes[i] << 4 | (second >> shift & mask);
     }
   }
-  return pack_values(values);
 }
 
-__device__ inline uint4 read_lossless(const BlockReader& block, uint32_t begin, int lane) {
-  const uint32_t base = block.half(begin);
-  uint32_t at = (begin + 1) * 16 + static_cast<uint32_t>(lane * kLaneValues * kLosslessBits);
-  uint32_t coded[kLaneValues];
-  int own = 0;
+// `part`: the K or V part of a packed head page.
+template <int kHeadDim>
+__device__ inline void read_fields(const std::byte* part, bool keys, int bits, int row, int lane,
+                                   ResidualField (&fields)[kLaneValues]) {
+  const int groups = keys ? kHeadDim : kPageTokens;
+  const int group = first_group<kHeadDim>(keys, row, lane);
+  uint32_t codes[kLaneValues];
+  uint32_t scales[kLaneValues];
+  uint32_t minima[kLaneValues];
+  read_codes<kHeadDim>(reinterpret_cast<const uint32_t*>(part + groups * 4), keys, bits, row, lane, codes);
+  const auto* affine = reinterpret_cast<const uint16_t*>(part);
+  unpack_values(*reinterpret_cast<const uint4*>(affine + group), scales);
+  unpack_values(*reinterpret_cast<const uint4*>(affine + groups + group), minima);
 #pragma unroll
   for (int i = 0; i < kLaneValues; ++i) {
-    coded[i] = block.bits(at, kLosslessBits);
-    at += kLosslessBits;
-    own += coded[i] >> 8 == kLosslessEscape ? 1 : 0;
+    fields[i] = affine_field(codes[i], __uint_as_float(scales[i] << 16), __uint_as_float(minima[i] << 16));
   }
-  int escapes;
-  constexpr int kPayloadBytes = kRowValues * kLosslessBits / 8;
-  uint32_t next = (begin + 1) * 2 + kPayloadBytes + static_cast<uint32_t>(sum_below(own, escapes));
-  uint32_t values[kLaneValues];
-#pragma unroll
-  for (int i = 0; i < kLaneValues; ++i) {
-    const uint32_t below = coded[i] >> 8;
-    values[i] = lossless_value(coded[i], below == kLosslessEscape ? block.byte(next++) : base - below);
-  }
-  return pack_values(values);
 }
 
 // A row as a lane is about to write it.

@@ -4,7 +4,7 @@
 
 #include "backend/cuda/head_dim.h"
 #include "backend/cuda/ops.h"
-#include "backend/cuda/residual_row.cuh"
+#include "backend/cuda/residual_reader.cuh"
 #include "base/check.h"
 
 namespace vericache::cuda {
@@ -25,52 +25,137 @@ __device__ inline const std::byte* resident_part(const KvView& resident, int hea
   return keys ? packed : packed + bytes_of(key_pieces(resident.format.key_bits, head_dim));
 }
 
-template <int kHeadDim, bool kLossless>
-__device__ uint4 decode_row(const BlockReader& block, uint32_t begin, uint32_t end, const KvView& resident, int head,
-                            int page, int row, int lane) {
-  if (end - begin == kRowHalves) {
-    return read_raw(block, begin, lane);
+// How the values of a row are found: by themselves; beside codes of 4 bits or fewer, whose fields are tabulated per
+// group and code; beside any codes.
+enum class Reading { lossless, by_table, by_value };
+
+template <int kHeadDim>
+struct DecodeMemory {
+  static constexpr int kGroups = kHeadDim + kPageTokens;  // those of K, then those of V
+  static constexpr int kTableStride = 17;                 // words of a group: groups begin in different banks
+  static constexpr size_t kBlockBytes =
+      (BlockShape<kHeadDim>::kRows * (1 + kRowHalves) * 2 + kResidualUnit - 1) / kResidualUnit * kResidualUnit;
+  static constexpr size_t kBehind = 2 * kResidualUnit;  // read by windows that begin in the block
+  static constexpr size_t kPackedAt = kBlockBytes + kBehind;
+
+  __host__ __device__ static constexpr size_t packed_bytes(const KvFormat& format) {
+    return (format.key_bits == 16 ? 0 : static_cast<size_t>(bytes_of(key_pieces(format.key_bits, kHeadDim)))) +
+           (format.value_bits == 16 ? 0 : static_cast<size_t>(bytes_of(value_pieces(format.value_bits, kHeadDim))));
   }
-  if constexpr (kLossless) {
-    return read_lossless(block, begin, lane);
-  } else {
-    const bool keys = row < BlockShape<kHeadDim>::kKeyRows;
-    const int bits = keys ? resident.format.key_bits : resident.format.value_bits;
-    const std::byte* part = resident_part(resident, head, page, keys, kHeadDim);
-    const int own_row = keys ? row : row - BlockShape<kHeadDim>::kKeyRows;
-    if (bits == 16) {
-      return reinterpret_cast<const uint4*>(part)[own_row * 32 + lane];
-    }
-    ResidualField fields[kLaneValues];
-    read_fields<kHeadDim>(part, keys, bits, own_row, lane, fields);
-    return read_coded(block, begin, fields);
+  static size_t bytes(Reading reading, const KvFormat& format) {
+    return kPackedAt + (reading == Reading::lossless ? 0 : packed_bytes(format)) +
+           (reading == Reading::by_table ? sizeof(uint32_t) * kGroups * kTableStride : 0);
+  }
+};
+
+// All threads of the block; waited for by copies_wait.
+__device__ inline void copy_to_shared(std::byte* target, const std::byte* source, size_t bytes) {
+  for (size_t at = threadIdx.x * size_t{16}; at < bytes; at += size_t{kThreads} * 16) {
+    copy_lane(shared_address(target + at), source + at);
+  }
+}
+
+// A thread makes the fields of one group.
+template <int kHeadDim>
+__device__ void make_table(const KvView& resident, int head, int page, uint32_t* table) {
+  const int group = static_cast<int>(threadIdx.x);
+  const bool keys = group < kHeadDim;
+  const int bits = keys ? resident.format.key_bits : resident.format.value_bits;
+  if (group >= DecodeMemory<kHeadDim>::kGroups || bits == 16) {
+    return;
+  }
+  const auto* affine = reinterpret_cast<const uint16_t*>(resident_part(resident, head, page, keys, kHeadDim)) + group -
+                       (keys ? 0 : kHeadDim);
+  const float scale = __uint_as_float(uint32_t{affine[0]} << 16);
+  const float minimum = __uint_as_float(uint32_t{affine[keys ? kHeadDim : kPageTokens]} << 16);
+  uint32_t* fields = table + group * DecodeMemory<kHeadDim>::kTableStride;
+  for (int code = 0; code < 1 << bits; ++code) {
+    fields[code] = pack_field(affine_field(static_cast<uint32_t>(code), scale, minimum));
   }
 }
 
 // Grid (pages, heads).
-template <int kHeadDim, bool kLossless>
-__global__ void __launch_bounds__(kThreads) decode_kernel(DecodeArgs args) {
+template <int kHeadDim, Reading kReading>
+__global__ void __launch_bounds__(kThreads, 4) decode_kernel(DecodeArgs args) {
+  using Memory = DecodeMemory<kHeadDim>;
   constexpr int kRows = BlockShape<kHeadDim>::kRows;
+  constexpr int kKeyRows = BlockShape<kHeadDim>::kKeyRows;
+  extern __shared__ uint4 memory[];
+  auto* const coded = reinterpret_cast<std::byte*>(memory);
+  std::byte* const packed = coded + Memory::kPackedAt;
   const int page = static_cast<int>(blockIdx.x);
   const int head = static_cast<int>(blockIdx.y);
   const int lane = static_cast<int>(threadIdx.x) % 32;
+  const KvFormat format = args.resident.format;
+  const size_t packed_key_bytes =
+      format.key_bits == 16 ? 0 : static_cast<size_t>(bytes_of(key_pieces(format.key_bits, kHeadDim)));
+  auto* const table = reinterpret_cast<uint32_t*>(packed + Memory::packed_bytes(format));
+  if constexpr (kReading != Reading::lossless) {
+    if (format.key_bits != 16) {
+      copy_to_shared(packed, resident_part(args.resident, head, page, true, kHeadDim), packed_key_bytes);
+    }
+    if (format.value_bits != 16) {
+      copy_to_shared(packed + packed_key_bytes, resident_part(args.resident, head, page, false, kHeadDim),
+                     Memory::packed_bytes(format) - packed_key_bytes);
+    }
+  }
   const uint32_t page_begin = page == 0 ? 0 : args.ends[page - 1];
   const uint32_t units = args.ends[page] - page_begin;
   const std::byte* in = args.in + page_begin * kResidualUnit;
   const auto* block_ends = reinterpret_cast<const uint32_t*>(in);
   const uint32_t begin = head == 0 ? residual_header_units(args.shape) : min(block_ends[head - 1], units);
   const uint32_t end = max(min(block_ends[head], units), begin);
-  // A block that is not there is read as the page's header: bits of no meaning.
-  const bool there = end > begin;
-  const BlockReader block{reinterpret_cast<const uint32_t*>(there ? in + begin * kResidualUnit : in),
-                          there ? (end - begin) * 4 - 1 : 3};
-  std::byte* out = args.out + (static_cast<size_t>(page) * gridDim.y + static_cast<size_t>(head)) *
-                                  BlockShape<kHeadDim>::kHeadPageBytes;
+  copy_to_shared(coded, in + begin * kResidualUnit, min((end - begin) * kResidualUnit, Memory::kBlockBytes));
+  copies_commit();
+  if constexpr (kReading == Reading::by_table) {
+    make_table<kHeadDim>(args.resident, head, page, table);
+  }
+  copies_wait<0>();
+  __syncthreads();
+
+  const BlockReader block{reinterpret_cast<const uint32_t*>(coded),
+                          static_cast<uint32_t>((Memory::kBlockBytes + Memory::kBehind) / 4 - 3)};
+  auto* const out =
+      reinterpret_cast<uint4*>(args.out + (static_cast<size_t>(page) * gridDim.y + static_cast<size_t>(head)) *
+                                              BlockShape<kHeadDim>::kHeadPageBytes);
   for (int row = static_cast<int>(threadIdx.x) / 32; row < kRows; row += kWarps) {
     const uint32_t row_begin = row == 0 ? kRows : block.half(static_cast<uint32_t>(row - 1));
     const uint32_t row_end = block.half(static_cast<uint32_t>(row));
-    reinterpret_cast<uint4*>(out)[row * 32 + lane] =
-        decode_row<kHeadDim, kLossless>(block, row_begin, row_end, args.resident, head, page, row, lane);
+    if (row_end - row_begin == kRowHalves) {
+      out[row * 32 + lane] = read_raw(block, row_begin, lane);
+    } else if constexpr (kReading == Reading::lossless) {
+      out[row * 32 + lane] = read_lossless(block, row_begin, lane);
+    } else {
+      const bool keys = row < kKeyRows;
+      const int bits = keys ? format.key_bits : format.value_bits;
+      const int own_row = keys ? row : row - kKeyRows;
+      if (bits == 16) {
+        out[row * 32 + lane] = reinterpret_cast<const uint4*>(
+            resident_part(args.resident, head, page, keys, kHeadDim))[own_row * 32 + lane];
+        continue;
+      }
+      const std::byte* part = keys ? packed : packed + packed_key_bytes;
+      uint32_t fields[kLaneValues];
+      if constexpr (kReading == Reading::by_table) {
+        uint32_t codes[kLaneValues];
+        read_codes<kHeadDim>(reinterpret_cast<const uint32_t*>(part) + (keys ? kHeadDim : kPageTokens), keys, bits,
+                             own_row, lane, codes);
+        const uint32_t* own_table =
+            table + ((keys ? 0 : kHeadDim) + first_group<kHeadDim>(keys, own_row, lane)) * Memory::kTableStride;
+#pragma unroll
+        for (int i = 0; i < kLaneValues; ++i) {
+          fields[i] = own_table[static_cast<uint32_t>(i * Memory::kTableStride) + codes[i]];
+        }
+      } else {
+        ResidualField open[kLaneValues];
+        read_fields<kHeadDim>(part, keys, bits, own_row, lane, open);
+#pragma unroll
+        for (int i = 0; i < kLaneValues; ++i) {
+          fields[i] = pack_field(open[i]);
+        }
+      }
+      out[row * 32 + lane] = read_coded(block, row_begin, fields);
+    }
   }
 }
 
@@ -211,6 +296,21 @@ __global__ void __launch_bounds__(kThreads) encode_kernel(EncodeCall call) {
   }
 }
 
+template <int kHeadDim, Reading kReading>
+void launch_decode(const DecodeArgs& args, cudaStream_t stream) {
+  const size_t bytes = DecodeMemory<kHeadDim>::bytes(kReading, args.resident.format);
+  static const bool allowed = [] {
+    check_cuda(cudaFuncSetAttribute(decode_kernel<kHeadDim, kReading>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(DecodeMemory<kHeadDim>::bytes(
+                                        kReading, kReading == Reading::by_table ? KvFormat{4, 4} : KvFormat{8, 8}))),
+               "decode");
+    return true;
+  }();
+  (void)allowed;
+  const dim3 grid(static_cast<unsigned>(args.count), static_cast<unsigned>(args.shape.kv_heads));
+  decode_kernel<kHeadDim, kReading><<<grid, kThreads, bytes, stream>>>(args);
+}
+
 }  // namespace
 
 void encode(const EncodeArgs& args, cudaStream_t stream) {
@@ -240,13 +340,17 @@ void decode(const DecodeArgs& args, cudaStream_t stream) {
   if (args.count == 0) {
     return;
   }
-  const dim3 grid(static_cast<unsigned>(args.count), static_cast<unsigned>(args.shape.kv_heads));
+  const KvFormat& format = args.resident.format;
+  const bool small =
+      (format.key_bits <= 4 || format.key_bits == 16) && (format.value_bits <= 4 || format.value_bits == 16);
   for_head_dim(args.shape.head_dim, [&](auto dim) {
     constexpr int kHeadDim = decltype(dim)::kValue;
     if (args.code == ResidualCode::lossless) {
-      decode_kernel<kHeadDim, true><<<grid, kThreads, 0, stream>>>(args);
+      launch_decode<kHeadDim, Reading::lossless>(args, stream);
+    } else if (small) {
+      launch_decode<kHeadDim, Reading::by_table>(args, stream);
     } else {
-      decode_kernel<kHeadDim, false><<<grid, kThreads, 0, stream>>>(args);
+      launch_decode<kHeadDim, Reading::by_value>(args, stream);
     }
   });
   check_cuda(cudaGetLastError(), "decode");

@@ -75,6 +75,19 @@ __device__ inline uint32_t shared_address(const void* pointer) {
 #define VERICACHE_COPY_ENGINE  // before it, all threads copied
 #endif
 
+// 16 bytes of each lane.
+__device__ inline void copy_lane(uint32_t target, const std::byte* source) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
+}
+__device__ inline void copies_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+// All but the youngest `kPending` groups of this lane's copies are there.
+template <int kPending>
+__device__ inline void copies_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
 #ifdef VERICACHE_COPY_ENGINE
 // The copy engine of a multiprocessor writes shared memory and counts the bytes on a barrier of 8 bytes in shared
 // memory. One lane calls.
@@ -104,19 +117,6 @@ __device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
       "}\n" ::"r"(barrier),
       "r"(parity)
       : "memory");
-}
-#else
-// 16 bytes of each lane.
-__device__ inline void copy_lane(uint32_t target, const std::byte* source) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
-}
-__device__ inline void copies_commit() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
-}
-// All but the youngest `kPending` groups of this lane's copies are there.
-template <int kPending>
-__device__ inline void copies_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 #endif
 

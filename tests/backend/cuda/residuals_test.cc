@@ -71,7 +71,12 @@ TEST(ResidualsOnGpu, AreThoseOfThePlainCoder) {
             expected.insert(expected.end(), out.begin(), out.begin() + static_cast<ptrdiff_t>(units * kResidualUnit));
             EXPECT_EQ(pages.ends()[page] * kResidualUnit, expected.size());
           }
-          ASSERT_EQ(coded, expected) << head_dim << " dims, bits " << key_bits << ", " << value_bits;
+          const auto differs = std::mismatch(coded.begin(), coded.end(), expected.begin(), expected.end());
+          ASSERT_EQ(differs.first, coded.end())
+              << head_dim << " dims, bits " << key_bits << ", " << value_bits << ", code " << static_cast<int>(code)
+              << ", filling " << static_cast<int>(filling) << ", byte " << differs.first - coded.begin() << " of "
+              << coded.size() << ": " << std::to_integer<int>(*differs.first) << ", not "
+              << (differs.second != expected.end() ? std::to_integer<int>(*differs.second) : -1);
           ASSERT_EQ(pages.decode(code, coded), pages.values());
         }
       }

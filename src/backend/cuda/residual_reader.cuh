@@ -1,0 +1,126 @@
+// Rows of an encoded block that lies in shared memory (residual_code.h), read by a warp at a time.
+// Device code; all lanes of a warp call together.
+#pragma once
+
+#include "backend/cuda/residual_row.cuh"
+
+namespace vericache::cuda {
+
+// A field in a word, for tables: top and sign in the low half, above it the bits, and whether the sign is one of them.
+__device__ inline uint32_t pack_field(const ResidualField& field) {
+  return field.top | (field.negative ? 0x8000u : 0) | static_cast<uint32_t>(field.bits()) << 16 |
+         (field.either_sign ? 1u << 20 : 0);
+}
+__device__ inline int packed_bits(uint32_t field) {
+  return static_cast<int>(field >> 16 & 15u);
+}
+
+__device__ inline uint32_t low_ones(int count) {
+  return (1u << count) - 1;
+}
+
+// Whatever the block holds, nothing outside its memory is read: a place beyond it is taken for its last.
+struct BlockReader {
+  const uint32_t* words;
+  uint32_t most;  // the last word behind which two more are there
+
+  // 64 bits.
+  __device__ void window(uint32_t at, uint32_t& low, uint32_t& high) const {
+    const uint32_t* from = words + min(at / 32, most);
+    const uint32_t middle = from[1];
+    low = __funnelshift_r(from[0], middle, at % 32);
+    high = __funnelshift_r(middle, from[2], at % 32);
+  }
+  __device__ uint32_t half(uint32_t index) const { return words[min(index / 2, most)] >> (16 * (index % 2)) & 0xffffu; }
+  __device__ uint32_t byte(uint32_t index) const { return words[min(index / 4, most)] >> (8 * (index % 4)) & 0xffu; }
+};
+
+__device__ inline uint4 read_raw(const BlockReader& block, uint32_t begin, int lane) {
+  uint32_t values[kLaneValues];
+#pragma unroll
+  for (int i = 0; i < kLaneValues; ++i) {
+    values[i] = block.half(begin + static_cast<uint32_t>(lane * kLaneValues + i));
+  }
+  return pack_values(values);
+}
+
+// fields: packed.
+__device__ inline uint4 read_coded(const BlockReader& block, uint32_t begin, const uint32_t (&fields)[kLaneValues]) {
+  static_assert(kLaneValues == 8 && 4 * kMostFieldBits <= 64 && 3 * kMostFieldBits < 32);
+  int bits[2] = {0, 0};  // of the values 0 .. 3 and 4 .. 7
+#pragma unroll
+  for (int i = 0; i < kLaneValues; ++i) {
+    bits[i / 4] += packed_bits(fields[i]);
+  }
+  int total;
+  const uint32_t first = begin * 16 + static_cast<uint32_t>(sum_below(bits[0] + bits[1], total));
+  uint32_t values[kLaneValues];
+  uint32_t escaped = 0;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    uint32_t low;
+    uint32_t high;
+    block.window(first + static_cast<uint32_t>(half == 0 ? 0 : bits[0]), low, high);
+    int at = 0;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int i = 4 * half + j;
+      const int own = packed_bits(fields[i]);
+      const uint32_t either = fields[i] >> 20;
+      const int magnitude_bits = own - static_cast<int>(either);
+      const uint32_t window = __funnelshift_r(low, high, static_cast<uint32_t>(at));
+      const uint32_t below = window & low_ones(magnitude_bits);
+      // What the subtraction borrows stands above the value's 16 bits.
+      values[i] = (fields[i] - below + ((window >> magnitude_bits & either) << 15)) & 0xffffu;
+      escaped |= below == low_ones(kOpenBits) ? 1u << i : 0;
+      at += own;
+    }
+  }
+  if (__any_sync(kAllLanes, escaped != 0)) {
+    int escapes;
+    uint32_t next =
+        begin + (static_cast<uint32_t>(total) + 15) / 16 + static_cast<uint32_t>(sum_below(__popc(escaped), escapes));
+#pragma unroll
+    for (int i = 0; i < kLaneValues; ++i) {
+      if (escaped >> i & 1) {
+        values[i] = block.half(next++);
+      }
+    }
+  }
+  return pack_values(values);
+}
+
+__device__ inline uint4 read_lossless(const BlockReader& block, uint32_t begin, int lane) {
+  static_assert(4 * kLosslessBits <= 64);
+  const uint32_t base = block.half(begin);
+  const uint32_t first = (begin + 1) * 16 + static_cast<uint32_t>(lane * kLaneValues * kLosslessBits);
+  uint32_t coded[kLaneValues];
+  int own = 0;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    uint32_t low;
+    uint32_t high;
+    block.window(first + static_cast<uint32_t>(half * 4 * kLosslessBits), low, high);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      // Of 44 bits the last value begins at the 33rd.
+      const uint32_t window = j < 3 ? __funnelshift_r(low, high, static_cast<uint32_t>(j * kLosslessBits))
+                                    : high >> (3 * kLosslessBits - 32);
+      const int i = 4 * half + j;
+      coded[i] = window & low_ones(kLosslessBits);
+      own += coded[i] >> 8 == kLosslessEscape ? 1 : 0;
+    }
+  }
+  int escapes;
+  constexpr int kPayloadBytes = kRowValues * kLosslessBits / 8;
+  uint32_t next = (begin + 1) * 2 + kPayloadBytes + static_cast<uint32_t>(sum_below(own, escapes));
+  uint32_t values[kLaneValues];
+#pragma unroll
+  for (int i = 0; i < kLaneValues; ++i) {
+    const uint32_t below = coded[i] >> 8;
+    values[i] = lossless_value(coded[i], below == kLosslessEscape ? block.byte(next++) : base - below);
+  }
+  return pack_values(values);
+}
+
+}  // namespace vericache::cuda
