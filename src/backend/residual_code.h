@@ -60,7 +60,7 @@ inline constexpr int kMostFieldBits = kOpenBits + 1;
 struct ResidualField {
   uint32_t top = 0x7fff;
   int magnitude_bits = 0;    // of top - magnitude, kOpenBits at most: then smaller magnitudes escape, all ones says so
-  bool either_sign = false;  // then the sign is one bit more, above
+  bool either_sign = false;  // then the sign is one bit more, below
   bool negative = false;     // else this is it
   VERICACHE_BOTH int bits() const { return magnitude_bits + (either_sign ? 1 : 0); }
   VERICACHE_BOTH bool open() const { return magnitude_bits == kOpenBits; }
@@ -126,30 +126,31 @@ VERICACHE_BOTH inline CodedValue code_value(const ResidualField& field, uint32_t
   const uint32_t most = field.open() ? ones - 1 : ones;
   const uint32_t below = field.top - magnitude;
   CodedValue coded;
-  if (magnitude > field.top || below > most || (!field.either_sign && negative != field.negative)) {
-    coded.bits = ones;
-    coded.escapes = field.open();
-    coded.fits = field.open();
-    return coded;
+  const bool escapes = magnitude > field.top || below > most || (!field.either_sign && negative != field.negative);
+  coded.escapes = escapes && field.open();
+  coded.fits = !escapes || field.open();
+  coded.bits = escapes ? ones : below;
+  if (field.either_sign) {
+    coded.bits = coded.bits << 1 | (negative ? 1 : 0);
   }
-  coded.bits = below | (field.either_sign && negative ? ones + 1 : 0);
   return coded;
 }
 
 VERICACHE_BOTH inline bool residual_escapes(const ResidualField& field, uint32_t bits) {
-  const uint32_t ones = (1u << field.magnitude_bits) - 1;
-  return field.open() && (bits & ones) == ones;
+  return field.open() && bits >> (field.either_sign ? 1 : 0) == (1u << kOpenBits) - 1;
 }
 // Any bits give a value; those of code_value give the one that was coded.
 VERICACHE_BOTH inline uint32_t value_of(const ResidualField& field, uint32_t bits) {
-  const uint32_t ones = (1u << field.magnitude_bits) - 1;
-  const bool negative = field.either_sign ? bits > ones : field.negative;
-  return ((field.top - (bits & ones)) & 0x7fffu) | (negative ? 0x8000u : 0);
+  const uint32_t below = bits >> (field.either_sign ? 1 : 0);
+  const bool negative = field.either_sign ? (bits & 1) != 0 : field.negative;
+  return ((field.top - below) & 0x7fffu) | (negative ? 0x8000u : 0);
 }
 
 // Lossless: sign and mantissa, and how far the exponent lies below the row's base; 7 and more, or above it, escapes.
 inline constexpr int kLosslessBits = 11;
 inline constexpr uint32_t kLosslessEscape = 7;
+// How far below the largest exponent of a row its base is looked for.
+inline constexpr uint32_t kLosslessBases = 8;
 
 VERICACHE_BOTH inline uint32_t exponent_of(uint32_t value) {
   return value >> 7 & 0xffu;

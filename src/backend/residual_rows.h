@@ -121,7 +121,7 @@ void decode_row(const std::byte* row, size_t bytes, const FieldOf& field_of, uin
   }
 }
 
-// The base that lets most values of a row be, the largest of them: one of the row's 8 largest exponents.
+// The base that lets most values of a row be, the largest of them.
 inline uint32_t lossless_base(const uint16_t* values) {
   std::array<int, 256> count{};
   for (int i = 0; i < kRowValues; ++i) {
@@ -133,10 +133,11 @@ inline uint32_t lossless_base(const uint16_t* values) {
   }
   uint32_t best = most;
   int best_held = -1;
-  for (uint32_t base = most; base + 8 > most && base <= most; --base) {
+  for (uint32_t lower = 0; lower < kLosslessBases && lower <= most; ++lower) {
+    const uint32_t base = most - lower;
     int held = 0;
-    for (uint32_t e = base; e + kLosslessEscape > base && e <= base; --e) {
-      held += count[e];
+    for (uint32_t below = 0; below < kLosslessEscape && below <= base; ++below) {
+      held += count[base - below];
     }
     if (held > best_held) {
       best_held = held;

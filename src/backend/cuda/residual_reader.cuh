@@ -16,7 +16,9 @@ __device__ inline int packed_bits(uint32_t field) {
 }
 
 __device__ inline uint32_t low_ones(int count) {
-  return (1u << count) - 1;
+  uint32_t mask;
+  asm("bmsk.clamp.b32 %0, 0, %1;" : "=r"(mask) : "r"(count));
+  return mask;
 }
 
 // Whatever the block holds, nothing outside its memory is read: a place beyond it is taken for its last.
@@ -35,18 +37,25 @@ struct BlockReader {
   __device__ uint32_t byte(uint32_t index) const { return words[min(index / 4, most)] >> (8 * (index % 4)) & 0xffu; }
 };
 
+// The low halves of the values.
+__device__ inline uint4 join_halves(const uint32_t (&values)[kLaneValues]) {
+  return make_uint4(__byte_perm(values[0], values[1], 0x5410), __byte_perm(values[2], values[3], 0x5410),
+                    __byte_perm(values[4], values[5], 0x5410), __byte_perm(values[6], values[7], 0x5410));
+}
+
 __device__ inline uint4 read_raw(const BlockReader& block, uint32_t begin, int lane) {
   uint32_t values[kLaneValues];
 #pragma unroll
   for (int i = 0; i < kLaneValues; ++i) {
     values[i] = block.half(begin + static_cast<uint32_t>(lane * kLaneValues + i));
   }
-  return pack_values(values);
+  return join_halves(values);
 }
 
 // fields: packed.
 __device__ inline uint4 read_coded(const BlockReader& block, uint32_t begin, const uint32_t (&fields)[kLaneValues]) {
   static_assert(kLaneValues == 8 && 4 * kMostFieldBits <= 64 && 3 * kMostFieldBits < 32);
+  constexpr uint32_t kEscape = (1u << kOpenBits) - 1;
   int bits[2] = {0, 0};  // of the values 0 .. 3 and 4 .. 7
 #pragma unroll
   for (int i = 0; i < kLaneValues; ++i) {
@@ -55,7 +64,8 @@ __device__ inline uint4 read_coded(const BlockReader& block, uint32_t begin, con
   int total;
   const uint32_t first = begin * 16 + static_cast<uint32_t>(sum_below(bits[0] + bits[1], total));
   uint32_t values[kLaneValues];
-  uint32_t escaped = 0;
+  uint32_t below[kLaneValues];
+  uint32_t most = 0;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     uint32_t low;
@@ -63,31 +73,32 @@ __device__ inline uint4 read_coded(const BlockReader& block, uint32_t begin, con
     block.window(first + static_cast<uint32_t>(half == 0 ? 0 : bits[0]), low, high);
     int at = 0;
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int i = 4 * half + j;
-      const int own = packed_bits(fields[i]);
+    for (int i = 4 * half; i < 4 * half + 4; ++i) {
       const uint32_t either = fields[i] >> 20;
-      const int magnitude_bits = own - static_cast<int>(either);
-      const uint32_t window = __funnelshift_r(low, high, static_cast<uint32_t>(at));
-      const uint32_t below = window & low_ones(magnitude_bits);
+      const uint32_t coded = __funnelshift_r(low, high, static_cast<uint32_t>(at)) & low_ones(packed_bits(fields[i]));
+      below[i] = coded >> either;
       // What the subtraction borrows stands above the value's 16 bits.
-      values[i] = (fields[i] - below + ((window >> magnitude_bits & either) << 15)) & 0xffffu;
-      escaped |= below == low_ones(kOpenBits) ? 1u << i : 0;
-      at += own;
+      values[i] = fields[i] + (coded & either) * 0x8000u - below[i];
+      most = max(most, below[i]);
+      at += packed_bits(fields[i]);
     }
   }
-  if (__any_sync(kAllLanes, escaped != 0)) {
-    int escapes;
-    uint32_t next =
-        begin + (static_cast<uint32_t>(total) + 15) / 16 + static_cast<uint32_t>(sum_below(__popc(escaped), escapes));
+  if (__any_sync(kAllLanes, most >= kEscape)) {
+    int own = 0;
 #pragma unroll
     for (int i = 0; i < kLaneValues; ++i) {
-      if (escaped >> i & 1) {
+      own += below[i] == kEscape ? 1 : 0;
+    }
+    int escapes;
+    uint32_t next = begin + (static_cast<uint32_t>(total) + 15) / 16 + static_cast<uint32_t>(sum_below(own, escapes));
+#pragma unroll
+    for (int i = 0; i < kLaneValues; ++i) {
+      if (below[i] == kEscape) {
         values[i] = block.half(next++);
       }
     }
   }
-  return pack_values(values);
+  return join_halves(values);
 }
 
 __device__ inline uint4 read_lossless(const BlockReader& block, uint32_t begin, int lane) {
@@ -120,7 +131,7 @@ __device__ inline uint4 read_lossless(const BlockReader& block, uint32_t begin, 
     const uint32_t below = coded[i] >> 8;
     values[i] = lossless_value(coded[i], below == kLosslessEscape ? block.byte(next++) : base - below);
   }
-  return pack_values(values);
+  return join_halves(values);
 }
 
 }  // namespace vericache::cuda

@@ -31,59 +31,59 @@ __device__ inline void unpack_values(const uint4& packed, uint32_t (&values)[kLa
     values[i] = words[i / 2] >> (16 * (i % 2)) & 0xffffu;
   }
 }
-__device__ inline uint4 pack_values(const uint32_t (&values)[kLaneValues]) {
-  uint32_t words[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    words[i] = values[2 * i] | values[2 * i + 1] << 16;
+
+// The K (kKeys) or V part of a packed head page, with codes of kBits.
+template <int kHeadDim, bool kKeys, int kBits>
+struct PackedPart {
+  static constexpr int kGroups = kKeys ? kHeadDim : kPageTokens;  // that share a scale and a minimum
+  static constexpr int kBitsOfCodes = kBits;
+  static constexpr int kPlaneBits = kBits == 2 ? 2 : 4;
+
+  // The group of a lane's first value: in a row of K 8 dims of one token, of V 8 tokens of one dim (layout.h).
+  __device__ static int first_group(int row, int lane) {
+    return row / (kKeys ? 8 : kHeadDim / 8) * 32 + 8 * (lane % 4);
   }
-  return make_uint4(words[0], words[1], words[2], words[3]);
-}
-
-// Where a lane's values stand in the groups that share an affine code: of a row of K 8 dims of one token, of V 8 tokens
-// of one dim (layout.h).
-template <int kHeadDim>
-__device__ inline int first_group(bool keys, int row, int lane) {
-  return row / (keys ? 8 : kHeadDim / 8) * 32 + 8 * (lane % 4);
-}
-
-// The codes of a lane's values. `planes`: those of the K or V part of a packed head page.
-template <int kHeadDim>
-__device__ inline void read_codes(const uint32_t* planes, bool keys, int bits, int row, int lane,
-                                  uint32_t (&codes)[kLaneValues]) {
-  const int plane_bits = bits == 2 ? 2 : 4;
-  const int group = first_group<kHeadDim>(keys, row, lane);
-  const CodePlace place = keys ? key_place(row % 8 * 8 + lane / 4, group, plane_bits)
-                               : value_place(group, row % (kHeadDim / 8) * 8 + lane / 4, plane_bits);
-  const uint32_t first = planes[place.word];
-  const uint32_t second = bits == 8 ? planes[plane_bytes(4, kHeadDim) / 4 + place.word] : 0;
+  __device__ static void read_codes(const std::byte* part, int row, int lane, uint32_t (&codes)[kLaneValues]) {
+    const auto* planes = reinterpret_cast<const uint32_t*>(part) + kGroups;
+    const int group = first_group(row, lane);
+    const CodePlace place = kKeys ? key_place(row % 8 * 8 + lane / 4, group, kPlaneBits)
+                                  : value_place(group, row % (kHeadDim / 8) * 8 + lane / 4, kPlaneBits);
+    constexpr uint32_t kMask = (1u << kPlaneBits) - 1;
+    const uint32_t first = planes[place.word] >> (kPlaneBits == 2 ? place.shift : 0);
+    const uint32_t second = kBits == 8 ? planes[plane_bytes(4, kHeadDim) / 4 + place.word] : 0;
 #pragma unroll
-  for (int i = 0; i < kLaneValues; ++i) {
-    const int shift = place.shift + pair_shift(i, plane_bits, 0);
-    const uint32_t mask = (1u << plane_bits) - 1;
-    codes[i] = first >> shift & mask;
-    if (bits == 8) {
-      codes[i] = codes[i] << 4 | (second >> shift & mask);
+    for (int i = 0; i < kLaneValues; ++i) {
+      codes[i] = first >> pair_shift(i, kPlaneBits, 0) & kMask;
+      if constexpr (kBits == 8) {
+        codes[i] = codes[i] << 4 | (second >> pair_shift(i, kPlaneBits, 0) & kMask);
+      }
     }
   }
-}
-
-// `part`: the K or V part of a packed head page.
-template <int kHeadDim>
-__device__ inline void read_fields(const std::byte* part, bool keys, int bits, int row, int lane,
-                                   ResidualField (&fields)[kLaneValues]) {
-  const int groups = keys ? kHeadDim : kPageTokens;
-  const int group = first_group<kHeadDim>(keys, row, lane);
-  uint32_t codes[kLaneValues];
-  uint32_t scales[kLaneValues];
-  uint32_t minima[kLaneValues];
-  read_codes<kHeadDim>(reinterpret_cast<const uint32_t*>(part + groups * 4), keys, bits, row, lane, codes);
-  const auto* affine = reinterpret_cast<const uint16_t*>(part);
-  unpack_values(*reinterpret_cast<const uint4*>(affine + group), scales);
-  unpack_values(*reinterpret_cast<const uint4*>(affine + groups + group), minima);
+  __device__ static void read_fields(const std::byte* part, int row, int lane, ResidualField (&fields)[kLaneValues]) {
+    const int group = first_group(row, lane);
+    uint32_t codes[kLaneValues];
+    uint32_t scales[kLaneValues];
+    uint32_t minima[kLaneValues];
+    read_codes(part, row, lane, codes);
+    const auto* affine = reinterpret_cast<const uint16_t*>(part);
+    unpack_values(*reinterpret_cast<const uint4*>(affine + group), scales);
+    unpack_values(*reinterpret_cast<const uint4*>(affine + kGroups + group), minima);
 #pragma unroll
-  for (int i = 0; i < kLaneValues; ++i) {
-    fields[i] = affine_field(codes[i], __uint_as_float(scales[i] << 16), __uint_as_float(minima[i] << 16));
+    for (int i = 0; i < kLaneValues; ++i) {
+      fields[i] = affine_field(codes[i], __uint_as_float(scales[i] << 16), __uint_as_float(minima[i] << 16));
+    }
+  }
+};
+
+// run(PackedPart) of the bits that a part has; not for 16.
+template <int kHeadDim, bool kKeys, typename Run>
+__device__ inline void with_part(int bits, const Run& run) {
+  if (bits == 2) {
+    run(PackedPart<kHeadDim, kKeys, 2>());
+  } else if (bits == 4) {
+    run(PackedPart<kHeadDim, kKeys, 4>());
+  } else {
+    run(PackedPart<kHeadDim, kKeys, 8>());
   }
 }
 
@@ -139,14 +139,15 @@ __device__ inline uint32_t choose_base(const uint32_t (&values)[kLaneValues]) {
   const uint32_t most = __reduce_max_sync(kAllLanes, own);
   uint32_t best = most;
   unsigned best_held = 0;
-  for (uint32_t base = most; base + 8 > most && base <= most; --base) {
+  for (uint32_t lower = 0; lower < kLosslessBases && lower <= most; ++lower) {
+    const uint32_t base = most - lower;
     unsigned held = 0;
 #pragma unroll
     for (int i = 0; i < kLaneValues; ++i) {
       held += base - exponent_of(values[i]) < kLosslessEscape ? 1 : 0;
     }
     held = __reduce_add_sync(kAllLanes, held);
-    if (held > best_held || base == most) {
+    if (held > best_held) {
       best_held = held;
       best = base;
     }

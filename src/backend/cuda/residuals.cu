@@ -25,27 +25,34 @@ __device__ inline const std::byte* resident_part(const KvView& resident, int hea
   return keys ? packed : packed + bytes_of(key_pieces(resident.format.key_bits, head_dim));
 }
 
-// How the values of a row are found: by themselves; beside codes of 4 bits or fewer, whose fields are tabulated per
-// group and code; beside any codes.
-enum class Reading { lossless, by_table, by_value };
-
+// What a block has in shared memory: the encoded block, and where that is joined with a packed head page, this and a
+// table of the fields of its codes. Codes of 8 bits are too many for a table.
 template <int kHeadDim>
 struct DecodeMemory {
-  static constexpr int kGroups = kHeadDim + kPageTokens;  // those of K, then those of V
-  static constexpr int kTableStride = 17;                 // words of a group: groups begin in different banks
+  static constexpr int kTableStride = 17;  // words of a group: groups begin in different banks
   static constexpr size_t kBlockBytes =
       (BlockShape<kHeadDim>::kRows * (1 + kRowHalves) * 2 + kResidualUnit - 1) / kResidualUnit * kResidualUnit;
   static constexpr size_t kBehind = 2 * kResidualUnit;  // read by windows that begin in the block
   static constexpr size_t kPackedAt = kBlockBytes + kBehind;
 
-  __host__ __device__ static constexpr size_t packed_bytes(const KvFormat& format) {
-    return (format.key_bits == 16 ? 0 : static_cast<size_t>(bytes_of(key_pieces(format.key_bits, kHeadDim)))) +
-           (format.value_bits == 16 ? 0 : static_cast<size_t>(bytes_of(value_pieces(format.value_bits, kHeadDim))));
+  __host__ __device__ static constexpr size_t key_bytes(int bits) {
+    return bits == 16 ? 0 : static_cast<size_t>(bytes_of(key_pieces(bits, kHeadDim)));
   }
-  static size_t bytes(Reading reading, const KvFormat& format) {
-    return kPackedAt + (reading == Reading::lossless ? 0 : packed_bytes(format)) +
-           (reading == Reading::by_table ? sizeof(uint32_t) * kGroups * kTableStride : 0);
+  __host__ __device__ static constexpr size_t value_bytes(int bits) {
+    return bits == 16 ? 0 : static_cast<size_t>(bytes_of(value_pieces(bits, kHeadDim)));
   }
+  __host__ __device__ static constexpr size_t table_bytes(int bits, int groups) {
+    return bits <= 4 ? sizeof(uint32_t) * static_cast<size_t>(groups) * kTableStride : 0;
+  }
+  static constexpr size_t bytes(bool lossless, const KvFormat& format) {
+    return kPackedAt + (lossless
+                            ? 0
+                            : key_bytes(format.key_bits) + value_bytes(format.value_bits) +
+                                  table_bytes(format.key_bits, kHeadDim) + table_bytes(format.value_bits, kPageTokens));
+  }
+  // 16-bit parts are not brought here.
+  static constexpr size_t kMostBytes =
+      kPackedAt + key_bytes(8) + value_bytes(8) + table_bytes(4, kHeadDim) + table_bytes(4, kPageTokens);
 };
 
 // All threads of the block; waited for by copies_wait.
@@ -55,49 +62,89 @@ __device__ inline void copy_to_shared(std::byte* target, const std::byte* source
   }
 }
 
-// A thread makes the fields of one group.
-template <int kHeadDim>
-__device__ void make_table(const KvView& resident, int head, int page, uint32_t* table) {
-  const int group = static_cast<int>(threadIdx.x);
-  const bool keys = group < kHeadDim;
-  const int bits = keys ? resident.format.key_bits : resident.format.value_bits;
-  if (group >= DecodeMemory<kHeadDim>::kGroups || bits == 16) {
-    return;
-  }
-  const auto* affine = reinterpret_cast<const uint16_t*>(resident_part(resident, head, page, keys, kHeadDim)) + group -
-                       (keys ? 0 : kHeadDim);
-  const float scale = __uint_as_float(uint32_t{affine[0]} << 16);
-  const float minimum = __uint_as_float(uint32_t{affine[keys ? kHeadDim : kPageTokens]} << 16);
-  uint32_t* fields = table + group * DecodeMemory<kHeadDim>::kTableStride;
-  for (int code = 0; code < 1 << bits; ++code) {
-    fields[code] = pack_field(affine_field(static_cast<uint32_t>(code), scale, minimum));
+// The fields of all groups and codes of a part. All threads of the block.
+template <typename Part, int kBits, int kStride>
+__device__ void make_table(const std::byte* part, uint32_t* table) {
+  const auto* affine = reinterpret_cast<const uint16_t*>(part);
+  constexpr int kCodes = 1 << kBits;
+  const auto code = threadIdx.x % kCodes;
+  for (int group = static_cast<int>(threadIdx.x / kCodes); group < Part::kGroups; group += kThreads / kCodes) {
+    const float scale = __uint_as_float(uint32_t{affine[group]} << 16);
+    const float minimum = __uint_as_float(uint32_t{affine[Part::kGroups + group]} << 16);
+    table[group * kStride + static_cast<int>(code)] = pack_field(affine_field(code, scale, minimum));
   }
 }
 
+// The rows of K or V.
+template <int kHeadDim, bool kKeys>
+__device__ void decode_part(const BlockReader& block, int bits, const std::byte* packed, const std::byte* resident,
+                            uint32_t* table, uint4* out) {
+  constexpr int kRows = BlockShape<kHeadDim>::kKeyRows;  // as many of V
+  constexpr int kFirst = kKeys ? 0 : kRows;
+  constexpr int kStride = DecodeMemory<kHeadDim>::kTableStride;
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  if (bits == 16) {
+    for (int row = warp; row < kRows; row += kWarps) {
+      out[(kFirst + row) * 32 + lane] = reinterpret_cast<const uint4*>(resident)[row * 32 + lane];
+    }
+    return;
+  }
+  with_part<kHeadDim, kKeys>(bits, [&](auto own) {
+    using Part = decltype(own);
+    constexpr int kBits = Part::kBitsOfCodes;
+    if constexpr (kBits <= 4) {
+      make_table<Part, kBits, kStride>(packed, table);
+      __syncthreads();
+    }
+    for (int row = warp; row < kRows; row += kWarps) {
+      const int block_row = kFirst + row;
+      const uint32_t begin =
+          block_row == 0 ? BlockShape<kHeadDim>::kRows : block.half(static_cast<uint32_t>(block_row - 1));
+      if (block.half(static_cast<uint32_t>(block_row)) - begin == kRowHalves) {
+        out[block_row * 32 + lane] = read_raw(block, begin, lane);
+        continue;
+      }
+      uint32_t fields[kLaneValues];
+      if constexpr (kBits <= 4) {
+        uint32_t codes[kLaneValues];
+        Part::read_codes(packed, row, lane, codes);
+        const uint32_t* groups = table + Part::first_group(row, lane) * kStride;
+#pragma unroll
+        for (int i = 0; i < kLaneValues; ++i) {
+          fields[i] = (groups + codes[i])[i * kStride];
+        }
+      } else {
+        ResidualField open[kLaneValues];
+        Part::read_fields(packed, row, lane, open);
+#pragma unroll
+        for (int i = 0; i < kLaneValues; ++i) {
+          fields[i] = pack_field(open[i]);
+        }
+      }
+      out[block_row * 32 + lane] = read_coded(block, begin, fields);
+    }
+  });
+}
+
 // Grid (pages, heads).
-template <int kHeadDim, Reading kReading>
+template <int kHeadDim, bool kLossless>
 __global__ void __launch_bounds__(kThreads, 4) decode_kernel(DecodeArgs args) {
   using Memory = DecodeMemory<kHeadDim>;
-  constexpr int kRows = BlockShape<kHeadDim>::kRows;
-  constexpr int kKeyRows = BlockShape<kHeadDim>::kKeyRows;
   extern __shared__ uint4 memory[];
   auto* const coded = reinterpret_cast<std::byte*>(memory);
-  std::byte* const packed = coded + Memory::kPackedAt;
   const int page = static_cast<int>(blockIdx.x);
   const int head = static_cast<int>(blockIdx.y);
-  const int lane = static_cast<int>(threadIdx.x) % 32;
   const KvFormat format = args.resident.format;
-  const size_t packed_key_bytes =
-      format.key_bits == 16 ? 0 : static_cast<size_t>(bytes_of(key_pieces(format.key_bits, kHeadDim)));
-  auto* const table = reinterpret_cast<uint32_t*>(packed + Memory::packed_bytes(format));
-  if constexpr (kReading != Reading::lossless) {
-    if (format.key_bits != 16) {
-      copy_to_shared(packed, resident_part(args.resident, head, page, true, kHeadDim), packed_key_bytes);
-    }
-    if (format.value_bits != 16) {
-      copy_to_shared(packed + packed_key_bytes, resident_part(args.resident, head, page, false, kHeadDim),
-                     Memory::packed_bytes(format) - packed_key_bytes);
-    }
+  const std::byte* keys = nullptr;
+  const std::byte* values = nullptr;
+  std::byte* const packed_keys = coded + Memory::kPackedAt;
+  std::byte* const packed_values = packed_keys + Memory::key_bytes(format.key_bits);
+  if constexpr (!kLossless) {
+    keys = resident_part(args.resident, head, page, true, kHeadDim);
+    values = resident_part(args.resident, head, page, false, kHeadDim);
+    copy_to_shared(packed_keys, keys, Memory::key_bytes(format.key_bits));
+    copy_to_shared(packed_values, values, Memory::value_bytes(format.value_bits));
   }
   const uint32_t page_begin = page == 0 ? 0 : args.ends[page - 1];
   const uint32_t units = args.ends[page] - page_begin;
@@ -107,9 +154,6 @@ __global__ void __launch_bounds__(kThreads, 4) decode_kernel(DecodeArgs args) {
   const uint32_t end = max(min(block_ends[head], units), begin);
   copy_to_shared(coded, in + begin * kResidualUnit, min((end - begin) * kResidualUnit, Memory::kBlockBytes));
   copies_commit();
-  if constexpr (kReading == Reading::by_table) {
-    make_table<kHeadDim>(args.resident, head, page, table);
-  }
   copies_wait<0>();
   __syncthreads();
 
@@ -118,44 +162,18 @@ __global__ void __launch_bounds__(kThreads, 4) decode_kernel(DecodeArgs args) {
   auto* const out =
       reinterpret_cast<uint4*>(args.out + (static_cast<size_t>(page) * gridDim.y + static_cast<size_t>(head)) *
                                               BlockShape<kHeadDim>::kHeadPageBytes);
-  for (int row = static_cast<int>(threadIdx.x) / 32; row < kRows; row += kWarps) {
-    const uint32_t row_begin = row == 0 ? kRows : block.half(static_cast<uint32_t>(row - 1));
-    const uint32_t row_end = block.half(static_cast<uint32_t>(row));
-    if (row_end - row_begin == kRowHalves) {
-      out[row * 32 + lane] = read_raw(block, row_begin, lane);
-    } else if constexpr (kReading == Reading::lossless) {
-      out[row * 32 + lane] = read_lossless(block, row_begin, lane);
-    } else {
-      const bool keys = row < kKeyRows;
-      const int bits = keys ? format.key_bits : format.value_bits;
-      const int own_row = keys ? row : row - kKeyRows;
-      if (bits == 16) {
-        out[row * 32 + lane] = reinterpret_cast<const uint4*>(
-            resident_part(args.resident, head, page, keys, kHeadDim))[own_row * 32 + lane];
-        continue;
-      }
-      const std::byte* part = keys ? packed : packed + packed_key_bytes;
-      uint32_t fields[kLaneValues];
-      if constexpr (kReading == Reading::by_table) {
-        uint32_t codes[kLaneValues];
-        read_codes<kHeadDim>(reinterpret_cast<const uint32_t*>(part) + (keys ? kHeadDim : kPageTokens), keys, bits,
-                             own_row, lane, codes);
-        const uint32_t* own_table =
-            table + ((keys ? 0 : kHeadDim) + first_group<kHeadDim>(keys, own_row, lane)) * Memory::kTableStride;
-#pragma unroll
-        for (int i = 0; i < kLaneValues; ++i) {
-          fields[i] = own_table[static_cast<uint32_t>(i * Memory::kTableStride) + codes[i]];
-        }
-      } else {
-        ResidualField open[kLaneValues];
-        read_fields<kHeadDim>(part, keys, bits, own_row, lane, open);
-#pragma unroll
-        for (int i = 0; i < kLaneValues; ++i) {
-          fields[i] = pack_field(open[i]);
-        }
-      }
-      out[row * 32 + lane] = read_coded(block, row_begin, fields);
+  if constexpr (kLossless) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    for (int row = static_cast<int>(threadIdx.x) / 32; row < BlockShape<kHeadDim>::kRows; row += kWarps) {
+      const uint32_t row_begin = row == 0 ? BlockShape<kHeadDim>::kRows : block.half(static_cast<uint32_t>(row - 1));
+      const bool raw = block.half(static_cast<uint32_t>(row)) - row_begin == kRowHalves;
+      out[row * 32 + lane] = raw ? read_raw(block, row_begin, lane) : read_lossless(block, row_begin, lane);
     }
+  } else {
+    auto* const table = reinterpret_cast<uint32_t*>(packed_values + Memory::value_bytes(format.value_bits));
+    decode_part<kHeadDim, true>(block, format.key_bits, packed_keys, keys, table, out);
+    decode_part<kHeadDim, false>(block, format.value_bits, packed_values, values,
+                                 table + Memory::table_bytes(format.key_bits, kHeadDim) / sizeof(uint32_t), out);
   }
 }
 
@@ -189,8 +207,13 @@ __device__ uint32_t make_row(const EncodeCall& call, int row, uint32_t (&values)
       return 0;
     }
     ResidualField fields[kLaneValues];
-    read_fields<kHeadDim>(resident_part(call.resident, head, call.first + page, keys, kHeadDim), keys, bits,
-                          keys ? row : row - BlockShape<kHeadDim>::kKeyRows, lane, fields);
+    const std::byte* part = resident_part(call.resident, head, call.first + page, keys, kHeadDim);
+    if (keys) {
+      with_part<kHeadDim, true>(bits, [&](auto own) { own.read_fields(part, row, lane, fields); });
+    } else {
+      with_part<kHeadDim, false>(
+          bits, [&](auto own) { own.read_fields(part, row - BlockShape<kHeadDim>::kKeyRows, lane, fields); });
+    }
     code_row(values, fields, made);
     return 0;
   }
@@ -296,19 +319,19 @@ __global__ void __launch_bounds__(kThreads) encode_kernel(EncodeCall call) {
   }
 }
 
-template <int kHeadDim, Reading kReading>
+template <int kHeadDim, bool kLossless>
 void launch_decode(const DecodeArgs& args, cudaStream_t stream) {
-  const size_t bytes = DecodeMemory<kHeadDim>::bytes(kReading, args.resident.format);
+  using Memory = DecodeMemory<kHeadDim>;
   static const bool allowed = [] {
-    check_cuda(cudaFuncSetAttribute(decode_kernel<kHeadDim, kReading>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(DecodeMemory<kHeadDim>::bytes(
-                                        kReading, kReading == Reading::by_table ? KvFormat{4, 4} : KvFormat{8, 8}))),
+    check_cuda(cudaFuncSetAttribute(decode_kernel<kHeadDim, kLossless>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(Memory::kMostBytes)),
                "decode");
     return true;
   }();
   (void)allowed;
   const dim3 grid(static_cast<unsigned>(args.count), static_cast<unsigned>(args.shape.kv_heads));
-  decode_kernel<kHeadDim, kReading><<<grid, kThreads, bytes, stream>>>(args);
+  const size_t bytes = Memory::bytes(kLossless, args.resident.format);
+  decode_kernel<kHeadDim, kLossless><<<grid, kThreads, bytes, stream>>>(args);
 }
 
 }  // namespace
@@ -340,17 +363,12 @@ void decode(const DecodeArgs& args, cudaStream_t stream) {
   if (args.count == 0) {
     return;
   }
-  const KvFormat& format = args.resident.format;
-  const bool small =
-      (format.key_bits <= 4 || format.key_bits == 16) && (format.value_bits <= 4 || format.value_bits == 16);
   for_head_dim(args.shape.head_dim, [&](auto dim) {
     constexpr int kHeadDim = decltype(dim)::kValue;
     if (args.code == ResidualCode::lossless) {
-      launch_decode<kHeadDim, Reading::lossless>(args, stream);
-    } else if (small) {
-      launch_decode<kHeadDim, Reading::by_table>(args, stream);
+      launch_decode<kHeadDim, true>(args, stream);
     } else {
-      launch_decode<kHeadDim, Reading::by_value>(args, stream);
+      launch_decode<kHeadDim, false>(args, stream);
     }
   });
   check_cuda(cudaGetLastError(), "decode");
