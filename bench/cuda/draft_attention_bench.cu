@@ -51,11 +51,12 @@ __device__ inline uint32_t random_pair(uint32_t seed, uint32_t size, bool positi
 }
 
 struct PartBytes {
-  int affine;  // half of them scales
+  int groups;  // of affine codes half of them scales
   int all;
+  KvPart part;
 };
 
-// Pages of random codes; scales about 1 / 8, minima about 1.
+// Pages of random codes; scales about 1 / 8, minima about 1, bases 126 and 127.
 __global__ void fill_kernel(uint32_t* words, size_t count, PartBytes keys, PartBytes values) {
   for (size_t i = blockIdx.x * size_t{blockDim.x} + threadIdx.x; i < count; i += size_t{gridDim.x} * blockDim.x) {
     const int in_page = static_cast<int>(i * 4 % static_cast<size_t>(keys.all + values.all));
@@ -63,15 +64,21 @@ __global__ void fill_kernel(uint32_t* words, size_t count, PartBytes keys, PartB
     const PartBytes& part = of_keys ? keys : values;
     const int at = of_keys ? in_page : in_page - keys.all;
     const auto seed = static_cast<uint32_t>(i);
-    if (part.affine == 0 || (at >= part.affine / 2 && at < part.affine)) {
+    if (at >= part.groups && part.groups > 0) {
+      words[i] = mixed(seed);
+    } else if (part.part.code == KvCode::plane || part.part.code == KvCode::fp8) {
+      words[i] = part.groups == 0 ? random_pair(seed, 0x3f80u, false) : 0x7e7e7e7eu | (mixed(seed) & 0x01010101u);
+    } else if (part.part.code == KvCode::int8) {
+      words[i] = random_pair(seed, 0x3c00u, true);
+    } else if (part.groups == 0 || at >= part.groups / 2) {
       words[i] = random_pair(seed, 0x3f80u, false);
     } else {
-      words[i] = at < part.affine ? random_pair(seed, 0x3e00u, true) : mixed(seed);
+      words[i] = random_pair(seed, 0x3e00u, true);
     }
   }
 }
-PartBytes part_bytes(const Pieces& pieces) {
-  return {pieces.affine_bytes, bytes_of(pieces)};
+PartBytes part_bytes(const Pieces& pieces, const KvPart& part) {
+  return {pieces.group_bytes, bytes_of(pieces), part};
 }
 
 // Head pages of one format in random order.
@@ -79,8 +86,8 @@ struct Store {
   Store(const KvFormat& format, size_t pages, uint32_t seed)
       : page_bytes(head_page_bytes(format, kShape)), memory(pages * page_bytes), table(pages) {
     fill_kernel<<<1024, 256>>>(reinterpret_cast<uint32_t*>(memory.data()), pages * page_bytes / 4,
-                               part_bytes(key_pieces(format.key_bits, kShape.head_dim)),
-                               part_bytes(value_pieces(format.value_bits, kShape.head_dim)));
+                               part_bytes(key_pieces(format.key(), kShape.head_dim), format.key()),
+                               part_bytes(value_pieces(format.value(), kShape.head_dim), format.value()));
     check_cuda(cudaGetLastError(), "fill");
     std::vector<std::byte*> places(pages);
     for (size_t i = 0; i < pages; ++i) {
@@ -122,6 +129,19 @@ double median_us(int count, const std::function<void(int)>& body) {
   return times[kRepeats / 2];
 }
 
+const char* name_of(const KvFormat& format) {
+  switch (format.code) {
+    case KvCode::plane:
+      return "plane";
+    case KvCode::fp8:
+      return "fp8";
+    case KvCode::int8:
+      return "int8";
+    default:
+      return format.rotated ? "affine, rotated" : "affine";
+  }
+}
+
 void bench_attention(const KvFormat& format, int batch) {
   const size_t head_pages = static_cast<size_t>(batch) * static_cast<size_t>(kShape.kv_heads);
   const size_t layer_bytes = head_pages * kPages * head_page_bytes(format, kShape);
@@ -153,8 +173,8 @@ void bench_attention(const KvFormat& format, int batch) {
     draft_attention(args, format, pass, kPages * kPageTokens + kTailTokens, reinterpret_cast<float*>(scratch.data()),
                     nullptr);
   });
-  std::printf("%2d bits K, %2d bits V, batch %2d: %8.1f us  %7.0f GB/s\n", format.key_bits, format.value_bits, batch,
-              us, static_cast<double>(layer_bytes) / us * 1e-3);
+  std::printf("%-14s %2d bits K, %2d bits V, batch %2d: %8.1f us  %7.0f GB/s\n", name_of(format), format.key_bits,
+              format.value_bits, batch, us, static_cast<double>(layer_bytes) / us * 1e-3);
 }
 
 void bench_ops() {
@@ -167,8 +187,8 @@ void bench_ops() {
         full.view({}, static_cast<size_t>(layer) * heads * kPages, kPages, tokens.data()), {}, kPages * kPageTokens};
   };
   const double full_bytes = static_cast<double>(heads) * kPages * static_cast<double>(full.page_bytes);
-  for (const int bits : {2, 4, 8}) {
-    const KvFormat format{bits, bits};
+  for (const KvFormat& format : {KvFormat{2, 2}, KvFormat{4, 4}, KvFormat{8, 8}, KvFormat{6, 6},
+                                 KvFormat{8, 8, KvCode::plane}, KvFormat{4, 4, KvCode::affine, true}}) {
     const Store packed(format, layers * heads * kPages, 5);
     const double us = median_us(16, [&](int i) {
       quantize({.shape = kShape,
@@ -177,7 +197,8 @@ void bench_ops() {
                 .out = packed.view(format, static_cast<size_t>(i % layers) * heads * kPages, kPages, nullptr)},
                nullptr);
     });
-    std::printf("quantize to %d bits, 32k tokens:    %8.1f us  %7.0f GB/s of bf16\n", bits, us, full_bytes / us * 1e-3);
+    std::printf("quantize, %-14s %d bits, 32k tokens: %8.1f us  %7.0f GB/s of bf16\n", name_of(format), format.key_bits,
+                us, full_bytes / us * 1e-3);
   }
   const int kept = kPages * kPageTokens / 4;
   std::vector<int> chosen;
@@ -221,7 +242,11 @@ void bench_ops() {
 }
 
 void bench_all() {
-  for (const KvFormat format : {KvFormat{2, 2}, KvFormat{4, 4}, KvFormat{8, 8}, KvFormat{16, 16}, KvFormat{4, 2}}) {
+  for (const KvFormat format :
+       {KvFormat{2, 2}, KvFormat{4, 4}, KvFormat{8, 8}, KvFormat{16, 16}, KvFormat{4, 2}, KvFormat{3, 3},
+        KvFormat{6, 6}, KvFormat{8, 8, KvCode::plane}, KvFormat{6, 6, KvCode::plane}, KvFormat{7, 7, KvCode::plane},
+        KvFormat{9, 9, KvCode::plane}, KvFormat{8, 8, KvCode::fp8}, KvFormat{8, 8, KvCode::int8},
+        KvFormat{4, 4, KvCode::affine, true}}) {
     for (const int batch : {1, 4, 16}) {
       bench_attention(format, batch);
     }

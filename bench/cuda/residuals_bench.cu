@@ -164,7 +164,9 @@ int main() {
   const cuda::Memory memory;
   cuda::fill_kernel<<<1024, 256>>>(reinterpret_cast<uint16_t*>(memory.plain),
                                    cuda::kSets * cuda::kPages * memory.page / 2);
-  for (const int bits : {8, 4, 2}) {
+  cuda::bench("plane 8", {8, 8, KvCode::plane}, ResidualCode::resident, memory);
+  cuda::bench("int8", {8, 8, KvCode::int8}, ResidualCode::resident, memory);
+  for (const int bits : {8, 6, 4, 3, 2}) {
     const std::string name = "kivi " + std::to_string(bits);
     cuda::bench(name.c_str(), {bits, bits}, ResidualCode::resident, memory);
   }

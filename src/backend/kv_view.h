@@ -19,21 +19,44 @@ struct KvShape {
   int kv_heads = 0;
   int head_dim = 0;  // a multiple of 16
   // Keys are the K dimension of a product, which runs in steps of 32 (one matrix-unit tile).
-  VERICACHE_BOTH int key_dim() const { return (head_dim + 31) / 32 * 32; }
+  VERICACHE_BOTH constexpr int key_dim() const { return (head_dim + 31) / 32 * 32; }
   friend bool operator==(const KvShape&, const KvShape&) = default;
 };
 
-// How the keys and values of a head page are stored: 16 = bf16 as computed, 2 / 4 / 8 = affine codes (KIVI, Liu et al.
-// 2024).
+// How codes stand for values. Keys and values of a format share it; their bits may differ.
+enum class KvCode : uint8_t {
+  affine,  // minimum + code * scale per channel of K and token of V (KIVI, Liu et al. 2024): 2, 3, 4, 6 or 8 bits
+  plane,   // the leading bits of the bf16 itself, its exponent counted from the token's largest: 6, 7, 8 or 9 bits
+  fp8,     // sign, 4 bits of exponent and 3 of mantissa, a power of two per token (Micikevicius et al. 2022): 8 bits
+  int8,    // code * scale per token, symmetric: 8 bits
+};
+
+// K or V of a format. 16 bits: bf16 as computed, whatever the code.
+struct KvPart {
+  int bits = 16;
+  KvCode code = KvCode::affine;
+  constexpr KvPart() = default;
+  VERICACHE_BOTH constexpr explicit KvPart(int bits, KvCode code = KvCode::affine) : bits(bits), code(code) {}
+  VERICACHE_BOTH constexpr bool exact() const { return bits == 16; }
+  // Codes of one token of one head share what they are read with; of K, those of a channel do if not.
+  VERICACHE_BOTH constexpr bool by_token() const { return code != KvCode::affine; }
+};
+
+// How the keys and values of a head page are stored.
 struct KvFormat {
   int key_bits = 16;
   int value_bits = 16;
+  KvCode code = KvCode::affine;
+  bool rotated = false;  // K and V stand for head vectors that were rotated (rotation.h)
+  VERICACHE_BOTH constexpr KvPart key() const { return KvPart(key_bits, code); }
+  VERICACHE_BOTH constexpr KvPart value() const { return KvPart(value_bits, code); }
   bool exact() const { return key_bits == 16 && value_bits == 16; }
   friend bool operator==(const KvFormat&, const KvFormat&) = default;
 };
 
 // A head page holds 64 tokens of one layer and one KV head: first K, then V. Its sizes are the same on every backend;
-// how the values lie in it is the backend's own (CUDA: backend/cuda/layout.h). On the CPU:
+// how the values lie in it is the backend's own (CUDA: backend/cuda/layout.h, packed_layout.h and chunk_layout.h). On
+// the CPU:
 //
 // bf16 layout, that of a packed matrix panel, so that the matrix units read it as it lies:
 //   K: (64 / 16 token panels, key_dim / 2, 16 tokens, 2)   element (t, d) at ((t/16 * key_dim/2 + d/2) * 16 + t%16) * 2
@@ -41,22 +64,34 @@ struct KvFormat {
 //   + t%2
 // A panel row is 16 lanes of two values: (d, d+1) of one token for K, (t, t+1) of one dim for V.
 //
-// Quantized layout, per K or V part: codes of all panel rows in the same order, then per value index of a pair
-// (K: channel, key_dim of them; V: token, 64 of them) a bf16 scale and a bf16 minimum. value = minimum + code * scale.
+// Quantized layout, per K or V part: codes of all panel rows, then what they are read with (kv_codes.h):
+//   affine: per value index of a pair (K: channel, key_dim of them; V: token, 64 of them) a bf16 scale and a bf16
+//   minimum; plane, fp8: per token a byte, the largest exponent; int8: per token a bf16 scale.
+// The codes lie in planes, one for each binary digit of `bits`, the widest first: 6 bits are a plane of the 4 high bits
+// and a plane of the 2 low ones. Each holds all panel rows in the order of the bf16 layout:
 //   8 bits: 16 lanes x 16 bits per row, low byte the first of the pair.
 //   4 bits: 16 lanes x 8 bits per row, low nibble the first of the pair.
 //   2 bits: 16 lanes x 8 bits per two rows (2r, 2r+1): bits 0-1 and 2-3 the pair of row 2r, 4-5 and 6-7 that of row
 //   2r+1.
-inline size_t key_page_bytes(int bits, const KvShape& shape) {
-  const size_t values = size_t{kPageTokens} * static_cast<size_t>(shape.key_dim());
-  return bits == 16 ? values * 2 : values * static_cast<size_t>(bits) / 8 + static_cast<size_t>(shape.key_dim()) * 4;
+//   1 bit: 16 lanes x 8 bits per four rows in the same manner.
+VERICACHE_BOTH constexpr int group_bytes(const KvPart& part, int affine_groups) {
+  return part.exact()                ? 0
+         : !part.by_token()          ? 4 * affine_groups
+         : part.code == KvCode::int8 ? 2 * kPageTokens
+                                     : kPageTokens;
 }
-inline size_t value_page_bytes(int bits, const KvShape& shape) {
-  const size_t values = size_t{kPageTokens} * static_cast<size_t>(shape.head_dim);
-  return bits == 16 ? values * 2 : values * static_cast<size_t>(bits) / 8 + size_t{kPageTokens} * 4;
+VERICACHE_BOTH constexpr size_t part_bytes(const KvPart& part, int dims, int affine_groups) {
+  return static_cast<size_t>(kPageTokens) * static_cast<size_t>(dims) / 8 * static_cast<size_t>(part.bits) +
+         static_cast<size_t>(group_bytes(part, affine_groups));
+}
+VERICACHE_BOTH constexpr size_t key_page_bytes(const KvPart& part, const KvShape& shape) {
+  return part_bytes(part, shape.key_dim(), shape.key_dim());
+}
+VERICACHE_BOTH constexpr size_t value_page_bytes(const KvPart& part, const KvShape& shape) {
+  return part_bytes(part, shape.head_dim, kPageTokens);
 }
 inline size_t head_page_bytes(const KvFormat& format, const KvShape& shape) {
-  return key_page_bytes(format.key_bits, shape) + value_page_bytes(format.value_bits, shape);
+  return key_page_bytes(format.key(), shape) + value_page_bytes(format.value(), shape);
 }
 // A page: all KV heads of one layer, bf16, head pages one after the other. The unit of the full KV, the tail and the
 // wire.

@@ -6,7 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "backend/kv_view.h"
+#include "backend/kv_codes.h"
 #include "base/host_device.h"
 
 namespace vericache {
@@ -111,6 +111,64 @@ VERICACHE_BOTH inline ResidualField affine_field(uint32_t code, float scale, flo
   const int bits = residual_log2(field.top - (field.either_sign ? 0 : nearer) + 1);
   field.magnitude_bits = bits < kOpenBits ? bits : kOpenBits;
   return field;
+}
+
+// A code that stands for nothing in particular: the value itself follows.
+VERICACHE_BOTH inline ResidualField escaping_field() {
+  ResidualField field;
+  field.top = 0;
+  field.magnitude_bits = kOpenBits;
+  return field;
+}
+
+// Planes hold a value's leading bits: the rest of its mantissa is open.
+VERICACHE_BOTH inline ResidualField plane_field(uint32_t code, int bits, uint32_t base) {
+  const PlaneBits plane = plane_bits(code, bits);
+  if (plane.distance == 15) {
+    return escaping_field();
+  }
+  ResidualField field;
+  field.magnitude_bits = 12 - bits;
+  field.top =
+      ((base - plane.distance) << 7 | plane.mantissa << field.magnitude_bits) + ((1u << field.magnitude_bits) - 1);
+  field.negative = plane.sign != 0;
+  return field;
+}
+
+// fp8 rounds the magnitude to the nearest multiple of 16, ties to the even one.
+VERICACHE_BOTH inline ResidualField fp8_field(uint32_t code, uint32_t base) {
+  const PlaneBits plane = plane_bits(code, 8);
+  if (plane.distance == 15) {
+    return escaping_field();
+  }
+  const bool even = plane.mantissa % 2 == 0;
+  ResidualField field;
+  field.magnitude_bits = even ? 5 : 4;
+  field.top = ((base - plane.distance) << 7 | plane.mantissa << 4) + (even ? 8 : 7);
+  field.negative = plane.sign != 0;
+  return field;
+}
+
+// What a code is read with: of affine ones the scale and the minimum, of int8 the scale, as bits of bf16; else the
+// base.
+struct ResidualGroup {
+  uint32_t first = 0;
+  uint32_t second = 0;
+};
+VERICACHE_BOTH inline ResidualField residual_field(const KvPart& part, uint32_t code, const ResidualGroup& group) {
+  switch (part.code) {
+    case KvCode::plane:
+      return plane_field(code, part.bits, group.first);
+    case KvCode::fp8:
+      return fp8_field(code, group.first);
+    case KvCode::int8: {
+      const float scale = float_of_bits(group.first << 16);
+      return affine_field(static_cast<uint32_t>(int8_of(code) + 128), scale, -128.0f * scale);
+    }
+    case KvCode::affine:
+      break;
+  }
+  return affine_field(code, float_of_bits(group.first << 16), float_of_bits(group.second << 16));
 }
 
 struct CodedValue {

@@ -200,7 +200,7 @@ uint32_t encode_page(const KvShape& shape, ResidualCode code, const KvFormat& fo
       std::memcpy(values.data(), source + static_cast<size_t>(row) * kRawRowBytes, kRawRowBytes);
       if (code == ResidualCode::lossless) {
         bytes += encode_lossless_row(values.data(), block + bytes);
-      } else if ((keys ? format.key_bits : format.value_bits) != 16) {
+      } else if (!(keys ? format.key() : format.value()).exact()) {
         const int first = (keys ? row : row - key_rows) * kRowValues;
         bytes += encode_row(
             values.data(), [&](int i) { return field_of(head, keys, first + i); }, block + bytes);
@@ -247,7 +247,7 @@ void decode_page(const KvShape& shape, ResidualCode code, const KvFormat& format
       const int first = (keys ? row : row - key_rows) * kRowValues;
       if (code == ResidualCode::lossless) {
         decode_lossless_row(source, bytes, values.data());
-      } else if ((keys ? format.key_bits : format.value_bits) != 16) {
+      } else if (!(keys ? format.key() : format.value()).exact()) {
         decode_row(
             source, bytes, [&](int i) { return field_of(head, keys, first + i); }, values.data());
       } else {

@@ -10,11 +10,22 @@ size_t Compressor::resident_bytes(int tokens, const KvShape& shape) const {
 
 namespace {
 
-// Bits of a value that a resident code of so many bits leaves open, headers and escapes included.
-double open_bits(int resident_bits) {
-  switch (resident_bits) {
-    case 16:
-      return 0;
+// Bits of a value that a resident code leaves open, headers and escapes included.
+double open_bits(const KvPart& part) {
+  if (part.exact()) {
+    return 0;
+  }
+  switch (part.code) {
+    case KvCode::plane:
+      return 12.12 - part.bits;
+    case KvCode::fp8:
+      return 4.7;
+    case KvCode::int8:
+      return 4.4;
+    case KvCode::affine:
+      break;
+  }
+  switch (part.bits) {
     case 8:
       return 3.7;
     case 6:
@@ -37,7 +48,7 @@ double Compressor::coded_share() const {
     case ResidualCode::lossless:
       return 11.45 / 16;
     case ResidualCode::resident:
-      return (open_bits(format().key_bits) + open_bits(format().value_bits)) / 32;
+      return (open_bits(format().key()) + open_bits(format().value())) / 32;
   }
   return 1;
 }

@@ -13,10 +13,12 @@ namespace vericache {
 namespace {
 
 constexpr std::string_view kHelp =
-    "none | kivi[:bits=2|4|8 or k=..,v=..] | streaming-llm[:sinks=4,window=1024] | "
-    "snapkv[:budget=0.2,window=32,kernel=7]; "
-    "the last two with +kivi... appended quantize what they keep; budget and window are a share of the context (up to "
-    "1) or tokens";
+    "none | kivi[:bits=2|3|4|6|8 or k=..,v=..] | quarot[:bits=2|3|4|6|8 or k=..,v=..] | plane[:bits=6|7|8|9 or "
+    "k=..,v=..] | fp8 | int8 | "
+    "streaming-llm[:sinks=4,window=1024] | snapkv[:budget=0.2,window=32,kernel=7]; "
+    "the last two with +kivi..., +quarot..., +plane..., +fp8 or +int8 appended quantize what they keep; budget and "
+    "window are a "
+    "share of the context (up to 1) or tokens";
 
 // "name:key=value,key=value": the options of one method, each read once with its range.
 class Spec {
@@ -82,9 +84,23 @@ class Spec {
   std::map<std::string_view, std::string_view> options_;
 };
 
-KvFormat read_kivi(Spec& spec) {
-  const int bits = spec.bits("bits", 4, {2, 4, 8});
-  const KvFormat format{spec.bits("k", bits, {2, 4, 8, 16}), spec.bits("v", bits, {2, 4, 8, 16})};
+bool quantizes(std::string_view method) {
+  return method == "kivi" || method == "quarot" || method == "plane" || method == "fp8" || method == "int8";
+}
+
+// The format of a method that quantizes.
+KvFormat read_format(Spec& spec) {
+  KvFormat format{8, 8};
+  if (spec.name() == "kivi" || spec.name() == "quarot") {
+    const int bits = spec.bits("bits", 4, {2, 3, 4, 6, 8});
+    format = {spec.bits("k", bits, {2, 3, 4, 6, 8, 16}), spec.bits("v", bits, {2, 3, 4, 6, 8, 16})};
+    format.rotated = spec.name() == "quarot";
+  } else if (spec.name() == "plane") {
+    const int bits = spec.bits("bits", 8, {6, 7, 8, 9});
+    format = {spec.bits("k", bits, {6, 7, 8, 9, 16}), spec.bits("v", bits, {6, 7, 8, 9, 16}), KvCode::plane};
+  } else {
+    format.code = spec.name() == "fp8" ? KvCode::fp8 : KvCode::int8;
+  }
   spec.finish();
   if (format.exact()) {
     spec.fail("k=16,v=16 is 'none'");
@@ -104,20 +120,20 @@ std::unique_ptr<Compressor> make_compressor(std::string_view text) {
   KvFormat kept;
   if (plus != std::string_view::npos) {
     Spec then(text.substr(plus + 1));
-    if (then.name() != "kivi") {
-      then.fail("only kivi can follow '+'");
+    if (!quantizes(then.name())) {
+      then.fail("only kivi, quarot, plane, fp8 or int8 can follow '+'");
     }
-    kept = read_kivi(then);
+    kept = read_format(then);
     if (spec.name() != "streaming-llm" && spec.name() != "snapkv") {
-      spec.fail("'+' composes a method that drops tokens with kivi");
+      spec.fail("'+' composes a method that drops tokens with one that quantizes");
     }
   }
   if (spec.name() == "none") {
     spec.finish();
     return std::make_unique<PagedCompressor>(KvFormat{});
   }
-  if (spec.name() == "kivi") {
-    return std::make_unique<PagedCompressor>(read_kivi(spec));
+  if (quantizes(spec.name())) {
+    return std::make_unique<PagedCompressor>(read_format(spec));
   }
   if (spec.name() == "streaming-llm") {
     const int sinks = spec.whole("sinks", 4, 0, 1 << 20);

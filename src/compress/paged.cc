@@ -8,8 +8,18 @@ std::string PagedCompressor::name() const {
   if (format_.exact()) {
     return "none";
   }
-  return format_.key_bits == format_.value_bits ? fmt::format("kivi:bits={}", format_.key_bits)
-                                                : fmt::format("kivi:k={},v={}", format_.key_bits, format_.value_bits);
+  switch (format_.code) {
+    case KvCode::fp8:
+      return "fp8";
+    case KvCode::int8:
+      return "int8";
+    default:
+      break;
+  }
+  const std::string_view method = format_.code == KvCode::plane ? "plane" : format_.rotated ? "quarot" : "kivi";
+  return format_.key_bits == format_.value_bits
+             ? fmt::format("{}:bits={}", method, format_.key_bits)
+             : fmt::format("{}:k={},v={}", method, format_.key_bits, format_.value_bits);
 }
 
 bool PagedCompressor::compress(Kernels& kernels, const FullLayer& full, TokenRange fresh, const Attended& /*seen*/,

@@ -1,6 +1,12 @@
-// PagedCompressor: keeps every token, page by page, in some format: bf16 as computed ("none") or affine codes (KIVI,
-// Liu et al. 2024, sections 3 and 4: keys per channel, values per token; a group is the 64 tokens of a page). Extends;
-// never looks back.
+// PagedCompressor: keeps every token, page by page, in some format. Extends; never looks back.
+//   none   bf16 as computed
+//   kivi   affine codes, keys per channel, values per token; a group is the 64 tokens of a page (KIVI, Liu et al. 2024,
+//          sections 3 and 4)
+//   quarot kivi's codes of keys and values that were rotated (QuaRot, Ashkboos et al. 2024, section 4.3; rotation.h)
+//   plane  the leading bits of every bf16, its exponent counted from the token's largest: what is missing are whole
+//   bits fp8    E4M3 with a power of two per token (Micikevicius et al. 2022, section 3; Kwon et al. 2023 serve KV so)
+//   int8   symmetric, a scale per token and head (SmoothQuant, Xiao et al. 2023, section 2: per-token)
+// Called from the engine's thread, as compressor.h says.
 #pragma once
 
 #include <string>
@@ -14,7 +20,9 @@ class PagedCompressor final : public Compressor {
   explicit PagedCompressor(const KvFormat& format) : format_(format) {}
   std::string name() const override;
   KvFormat format() const override { return format_; }
-  ResidualCode residual_code() const override { return format_.exact() ? ResidualCode::plain : ResidualCode::resident; }
+  ResidualCode residual_code() const override {
+    return format_.exact() ? ResidualCode::plain : format_.rotated ? ResidualCode::lossless : ResidualCode::resident;
+  }
   bool compress(Kernels& kernels, const FullLayer& full, TokenRange fresh, const Attended& seen,
                 ResidentLayer& out) override;
 

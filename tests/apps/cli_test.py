@@ -98,7 +98,7 @@ class BadInput(Folder):
 
     def test_values(self):
         self.refused_prompt(2, "unknown method 'zip'.*kivi.*snapkv", "--compressor", "zip")
-        self.refused_prompt(2, "bits must be one of 2, 4, 8", "--compressor", "kivi:bits=5")
+        self.refused_prompt(2, "bits must be one of 2, 3, 4, 6, 8", "--compressor", "kivi:bits=5")
         self.refused_prompt(2, "unknown option 'bit'", "--compressor", "kivi:bit=4")
         self.refused_prompt(2, "--horizon 'far'.*adaptive", "--horizon", "far")
         self.refused_prompt(2, "--horizon 0 .*--compressor none", "--horizon", "0")

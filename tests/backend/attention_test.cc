@@ -145,12 +145,36 @@ TEST_P(AttentionOp, HeadSizesAndGroupsMatchFloat64) {
 
 TEST_P(AttentionOp, FormatsMatchFloat64) {
   Random random(11);
-  for (const int key_bits : {2, 4, 8, 16}) {
-    for (const int value_bits : {2, 4, 8, 16}) {
+  for (const int key_bits : {2, 3, 4, 6, 8, 16}) {
+    for (const int value_bits : {2, 3, 4, 6, 8, 16}) {
       for (const int head_dim : {48, 64}) {
         check_case(GetParam(), {{1, 2, head_dim}, 4, {key_bits, value_bits}, {192, 70}, 256, 257, 3, 2}, random);
       }
     }
+  }
+}
+
+TEST_P(AttentionOp, FormatsByTokenMatchFloat64) {
+  Random random(15);
+  for (const KvFormat& format :
+       {KvFormat{6, 6, KvCode::plane}, KvFormat{7, 9, KvCode::plane}, KvFormat{8, 8, KvCode::plane},
+        KvFormat{9, 16, KvCode::plane}, KvFormat{8, 8, KvCode::fp8}, KvFormat{8, 8, KvCode::int8}}) {
+    for (const int head_dim : {48, 64}) {
+      check_case(GetParam(), {{1, 2, head_dim}, 4, format, {192, 70}, 256, 257, 3, 2}, random);
+    }
+  }
+}
+
+// Splits that hold past alone, tail alone, and both.
+TEST_P(AttentionOp, RotatedFormatsMatchFloat64) {
+  Random random(16);
+  for (const KvFormat& format : {KvFormat{4, 4, KvCode::affine, true}, KvFormat{3, 8, KvCode::affine, true},
+                                 KvFormat{16, 2, KvCode::affine, true}}) {
+    for (const int head_dim : {48, 64}) {
+      check_case(GetParam(), {{1, 2, head_dim}, 4, format, {192, 70}, 256, 257, 3, 2}, random);
+    }
+    check_case(GetParam(), {{1, 1, 64}, 2, format, {2240}, 2240, 2290, 2, 2}, random);
+    check_case(GetParam(), {{1, 2, 32}, 2, format, {1024, 0}, 1024, 1100, 1, 1}, random);
   }
 }
 

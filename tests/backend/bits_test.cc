@@ -286,7 +286,12 @@ TEST_P(Bits, DraftRowsDoNotDependOnTheirCompany) {
   const auto one = make_cpu_kernels(GetParam(), 1, {shape, heads, 64, 4096});
   const auto many = make_cpu_kernels(GetParam(), 3, {shape, heads, 64, 4096});
   for (int i = 0; i < 20; ++i) {
-    const KvFormat format{2 << random.below(4), 2 << random.below(4)};
+    const KvFormat formats[] = {{2 << random.below(4), 2 << random.below(4)},
+                                {3, 6},
+                                {8, 7, KvCode::plane},
+                                {8, 8, KvCode::int8},
+                                {4, 3, KvCode::affine, true}};
+    const KvFormat format = formats[i % 5];
     const int past_pages = 40;
     Pages past(shape, format, past_pages, random);
     Pages tail(shape, {}, 2, random);

@@ -154,11 +154,20 @@ void poison(const Pages& pages, const KvShape& shape, const KvFormat& format, in
   }
 }
 
+KvFormat random_format(Random& random) {
+  const KvFormat formats[] = {{2 << random.below(4), 2 << random.below(3)},
+                              {6, 3},
+                              {6 + random.below(4), 6 + random.below(4), KvCode::plane},
+                              {8, 8, random.below(2) == 0 ? KvCode::fp8 : KvCode::int8},
+                              {4, 3, KvCode::affine, true}};
+  return formats[random.below(5)];
+}
+
 TEST_P(KeptOps, QuantizeWritesPagesOfViewsAsHeadPagesAlone) {
   Random random(43);
   for (int round = 0; round < 12; ++round) {
     const KvShape shape{1, random.between(1, 3), 16 * random.between(1, 6)};
-    const KvFormat format = round % 4 == 0 ? KvFormat{} : KvFormat{2 << random.below(4), 2 << random.below(4)};
+    const KvFormat format = round % 4 == 0 ? KvFormat{} : random_format(random);
     const auto k = kernels(shape);
     const int pages = random.between(1, 9);
     const Full full(shape, pages, random.below(pages + 1), random);
@@ -184,7 +193,7 @@ TEST_P(KeptOps, GatherStoresTheChosenTokensAndZeroesTheRest) {
   Random random(44);
   for (int round = 0; round < 20; ++round) {
     const KvShape shape{1, random.between(1, 3), 16 * random.between(1, 6)};
-    const KvFormat format = round % 2 == 0 ? KvFormat{} : KvFormat{2 << random.below(4), 2 << random.below(3)};
+    const KvFormat format = round % 2 == 0 ? KvFormat{} : random_format(random);
     const auto k = kernels(shape);
     const int pages = random.between(1, 9);
     const Full full(shape, pages, random.below(pages + 1), random);

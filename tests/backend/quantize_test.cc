@@ -75,8 +75,8 @@ TEST_P(Quantize, ErrorIsHalfAStep) {
   for (const int head_dim : {16, 64, 80, 128}) {
     const KvShape shape{1, 1, head_dim};
     const auto k = kernels(shape);
-    for (const int key_bits : {2, 4, 8, 16}) {
-      for (const int value_bits : {2, 4, 8, 16}) {
+    for (const int key_bits : {2, 3, 4, 6, 8, 16}) {
+      for (const int value_bits : {2, 3, 4, 6, 8, 16}) {
         for (const int tokens : {1, 17, 63, 64}) {
           check_page(*k, shape, {key_bits, value_bits}, tokens, random);
         }
@@ -90,7 +90,7 @@ TEST_P(Quantize, LayoutIsThatOfKvView) {
   Random random(21);
   const KvShape shape{1, 1, 32};
   const auto k = kernels(shape);
-  for (const int bits : {2, 4, 8}) {
+  for (const int bits : {2, 3, 4, 6, 8}) {
     Pages source(shape, {}, 1, random);
     for (int t = 0; t < kPageTokens; ++t) {
       source.write(0, t, random.bf16s(32).data(), random.bf16s(32).data());
@@ -102,7 +102,18 @@ TEST_P(Quantize, LayoutIsThatOfKvView) {
         const int row = t / 16 * 16 + d / 2;
         const int lane = t % 16;
         int code = 0;
-        if (bits == 8) {
+        if (bits == 6) {  // a plane of 4 bits, then one of 2
+          code = static_cast<int>(packed[static_cast<size_t>(row * 16 + lane)]) >> (4 * (d % 2)) & 15;
+          code = code << 2 | (static_cast<int>(packed[static_cast<size_t>(64 * 16 + row / 2 * 16 + lane)]) >>
+                                  (4 * (row % 2) + 2 * (d % 2)) &
+                              3);
+        } else if (bits == 3) {  // 2 bits, then 1
+          code =
+              static_cast<int>(packed[static_cast<size_t>(row / 2 * 16 + lane)]) >> (4 * (row % 2) + 2 * (d % 2)) & 3;
+          code = code << 1 | (static_cast<int>(packed[static_cast<size_t>(64 * 8 + row / 4 * 16 + lane)]) >>
+                                  (2 * (row % 4) + d % 2) &
+                              1);
+        } else if (bits == 8) {
           code = static_cast<int>(packed[static_cast<size_t>(row * 32 + 2 * lane + d % 2)]);
         } else if (bits == 4) {
           code = static_cast<int>(packed[static_cast<size_t>(row * 16 + lane)]) >> (4 * (d % 2)) & 15;
@@ -132,7 +143,7 @@ TEST(QuantizeClasses, AgreeBitForBit) {
   const KvShape shape{1, 1, 80};
   const auto a = make_cpu_kernels(Isa::avx2, 1, {shape, 1, 1, 64});
   const auto b = make_cpu_kernels(Isa::avx512, 1, {shape, 1, 1, 64});
-  for (const int bits : {2, 4, 8}) {
+  for (const int bits : {2, 3, 4, 6, 8}) {
     std::vector<std::byte> packed(head_page_bytes({bits, bits}, shape));
     for (std::byte& byte : packed) {
       byte = static_cast<std::byte>(random.below(256));
@@ -149,7 +160,7 @@ TEST_P(Quantize, ValuesThatAreNotFiniteDoNoHarm) {
   Random random(22);
   const KvShape shape{1, 1, 64};
   const auto k = kernels(shape);
-  for (const int bits : {2, 4, 8}) {
+  for (const int bits : {2, 3, 4, 6, 8}) {
     std::vector<bf16> source(head_page_bytes({}, shape) / 2);
     for (bf16& x : source) {
       x = bf16{static_cast<uint16_t>(random.below(65536))};

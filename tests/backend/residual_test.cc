@@ -22,8 +22,13 @@ std::vector<Case> cases() {
   for (const int head_dim : head_dims) {
     const KvShape shape{.layers = 1, .kv_heads = head_dim == 32 ? 5 : 2, .head_dim = head_dim};
     out.push_back({shape, format_of(4, 4), ResidualCode::lossless});
-    for (const auto& [keys, values] : {std::pair{2, 2}, {4, 4}, {8, 8}, {8, 4}, {16, 2}, {4, 16}}) {
+    for (const auto& [keys, values] : {std::pair{2, 2}, {4, 4}, {8, 8}, {8, 4}, {16, 2}, {4, 16}, {3, 6}, {6, 3}}) {
       out.push_back({shape, format_of(keys, values), ResidualCode::resident});
+    }
+    for (const KvFormat& format :
+         {KvFormat{8, 8, KvCode::plane}, KvFormat{6, 9, KvCode::plane}, KvFormat{16, 7, KvCode::plane},
+          KvFormat{8, 8, KvCode::fp8}, KvFormat{8, 8, KvCode::int8}}) {
+      out.push_back({shape, format, ResidualCode::resident});
     }
   }
   return out;
@@ -50,12 +55,23 @@ TEST(Residuals, EveryBitComesBack) {
 TEST(Residuals, OrdinaryValuesTakeFewBits) {
   Random random(72);
   const KvShape shape{.layers = 1, .kv_heads = 2, .head_dim = 64};
-  for (const auto& [bits, most] : {std::pair{8, 5.3}, {4, 9.4}, {2, 11.5}, {16, 11.5}}) {
-    ResidualPages pages(shape, format_of(bits == 16 ? 4 : bits, bits == 16 ? 4 : bits), 4);
+  struct Target {
+    KvFormat format;
+    ResidualCode code;
+    double most;
+  };
+  const Target targets[] = {
+      {format_of(8, 8), ResidualCode::resident, 5.3},       {format_of(6, 6), ResidualCode::resident, 7.3},
+      {format_of(4, 4), ResidualCode::resident, 9.4},       {format_of(2, 2), ResidualCode::resident, 11.5},
+      {{8, 8, KvCode::plane}, ResidualCode::resident, 4.2}, {{6, 6, KvCode::plane}, ResidualCode::resident, 6.2},
+      {{8, 8, KvCode::fp8}, ResidualCode::resident, 5.0},   {{8, 8, KvCode::int8}, ResidualCode::resident, 5.3},
+      {format_of(4, 4), ResidualCode::lossless, 11.5}};
+  for (const Target& target : targets) {
+    ResidualPages pages(shape, target.format, 4);
     pages.fill(Filling::normal, random);
-    const size_t bytes = pages.encode(bits == 16 ? ResidualCode::lossless : ResidualCode::resident).size();
-    EXPECT_LE(bits_per_value(shape, 4, bytes), most) << bits;
-    EXPECT_GT(bits_per_value(shape, 4, bytes), most - 2.5) << bits;
+    const double bits = bits_per_value(shape, 4, pages.encode(target.code).size());
+    EXPECT_LE(bits, target.most) << target.format.key_bits << " bits";
+    EXPECT_GT(bits, target.most - 2.5) << target.format.key_bits << " bits";
   }
 }
 

@@ -99,6 +99,8 @@ TEST(PagedCompressor, KiviStaysWithinHalfAStep) {
   for (const auto& [spec, key_bits, value_bits] : {std::tuple{"kivi:bits=2", 2, 2},
                                                    {"kivi:bits=4", 4, 4},
                                                    {"kivi:bits=8", 8, 8},
+                                                   {"kivi:bits=3", 3, 3},
+                                                   {"kivi:k=6,v=3", 6, 3},
                                                    {"kivi:k=8,v=2", 8, 2},
                                                    {"kivi:k=16,v=4", 16, 4}}) {
     const auto kivi = make_compressor(spec);
@@ -129,6 +131,45 @@ TEST(PagedCompressor, KiviStaysWithinHalfAStep) {
     }
     EXPECT_LT(kivi->wire_bytes(640, kShape), 10 * page_bytes(kShape));
     EXPECT_EQ(kivi->wire_bytes(639, kShape), kivi->wire_bytes(576, kShape));
+  }
+}
+
+// What a token of each format costs in device memory, all that its codes are read with included; and pages extend.
+TEST(PagedCompressor, PagesOfEveryFormatAreAsLargeAsTheirBits) {
+  RandomLayer full(kShape, kHeads, 14);
+  for (const auto& [spec, bits, by_token] : {std::tuple{"kivi:bits=3", 3, 0},
+                                             {"kivi:bits=6", 6, 0},
+                                             {"quarot:bits=3", 3, 0},
+                                             {"plane:bits=6", 6, 1},
+                                             {"plane:bits=7", 7, 1},
+                                             {"plane", 8, 1},
+                                             {"plane:bits=9", 9, 1},
+                                             {"fp8", 8, 1},
+                                             {"int8", 8, 2}}) {
+    const auto method = make_compressor(spec);
+    const int values = kPageTokens * (kShape.key_dim() + kShape.head_dim);
+    const int groups = by_token > 0 ? 2 * by_token * kPageTokens : 4 * (kShape.key_dim() + kPageTokens);
+    EXPECT_EQ(method->resident_bytes(65, kShape),
+              static_cast<size_t>(2 * kShape.layers * kShape.kv_heads * (values * bits / 8 + groups)))
+        << spec;
+    Resident resident(method->format());
+    ASSERT_TRUE(method->compress(full.kernels(), full.layer(0), {0, 192}, {}, resident.layer));
+    const std::vector<bf16> first = decoded(full.kernels(), resident.layer, 1, 2);
+    ASSERT_TRUE(method->compress(full.kernels(), full.layer(128), {192, 320}, {}, resident.layer));
+    EXPECT_EQ(first, decoded(full.kernels(), resident.layer, 1, 2)) << "it only extends";
+    for (int page = 0; page < 5; ++page) {
+      const std::vector<bf16> original = copy_of(full.head_page(1, page));
+      const std::vector<bf16> restored = decoded(full.kernels(), resident.layer, 1, page);
+      double error = 0;
+      double square = 0;
+      for (size_t i = 0; i < original.size(); ++i) {
+        const double x = to_float(original[i]);
+        error += std::pow(to_float(restored[i]) - x, 2);
+        square += x * x;
+      }
+      EXPECT_LT(error, square * (bits == 3 ? 0.1 : bits == 6 ? 0.02 : 0.005)) << spec;
+      EXPECT_GT(error, 0) << spec;
+    }
   }
 }
 

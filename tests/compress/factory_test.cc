@@ -18,6 +18,21 @@ TEST(CompressorFactory, ReadsWhatItNames) {
       {"kivi:v=2", "kivi:k=4,v=2"},
       {"kivi:k=16,v=4", "kivi:k=16,v=4"},
       {"kivi:bits=4,v=4,k=4", "kivi:bits=4"},
+      {"kivi:bits=3", "kivi:bits=3"},
+      {"kivi:bits=6,v=3", "kivi:k=6,v=3"},
+      {"plane", "plane:bits=8"},
+      {"plane:bits=6", "plane:bits=6"},
+      {"plane:bits=7,k=9", "plane:k=9,v=7"},
+      {"plane:k=16", "plane:k=16,v=8"},
+      {"fp8", "fp8"},
+      {"quarot", "quarot:bits=4"},
+      {"quarot:bits=3", "quarot:bits=3"},
+      {"quarot:k=16,v=2", "quarot:k=16,v=2"},
+      {"snapkv+quarot", "snapkv:budget=0.2,window=32,kernel=7+quarot:bits=4"},
+      {"int8", "int8"},
+      {"snapkv+plane:bits=7", "snapkv:budget=0.2,window=32,kernel=7+plane:bits=7"},
+      {"streaming-llm+fp8", "streaming-llm:sinks=4,window=1024+fp8"},
+      {"snapkv+int8", "snapkv:budget=0.2,window=32,kernel=7+int8"},
       {"streaming-llm", "streaming-llm:sinks=4,window=1024"},
       {"streaming-llm:window=0.25", "streaming-llm:sinks=4,window=0.25"},
       {"streaming-llm:window=7,sinks=0", "streaming-llm:sinks=0,window=7"},
@@ -36,6 +51,9 @@ TEST(CompressorFactory, ReadsWhatItNames) {
   }
   EXPECT_EQ(make_compressor("snapkv:window=99")->query_window(), 99);
   EXPECT_EQ(make_compressor("kivi:k=2,v=8")->format(), (KvFormat{2, 8}));
+  EXPECT_EQ(make_compressor("plane:bits=7")->format(), (KvFormat{7, 7, KvCode::plane}));
+  EXPECT_EQ(make_compressor("fp8")->format(), (KvFormat{8, 8, KvCode::fp8}));
+  EXPECT_EQ(make_compressor("int8")->format(), (KvFormat{8, 8, KvCode::int8}));
   EXPECT_TRUE(make_compressor("none")->format().exact());
   EXPECT_TRUE(make_compressor("snapkv")->chooses_anew());
   EXPECT_FALSE(make_compressor("kivi")->chooses_anew());
@@ -51,8 +69,23 @@ TEST(CompressorFactory, RefusesEverythingElseAndSaysWhatThereIs) {
                            "kivi:",
                            "kivi:bits",
                            "kivi:bits=",
-                           "kivi:bits=3",
+                           "kivi:bits=5",
+                           "kivi:bits=7",
                            "kivi:bits=16",
+                           "quarot:bits=16",
+                           "quarot:k=16,v=16",
+                           "quarot+kivi",
+                           "plane:bits=5",
+                           "plane:bits=4",
+                           "plane:bits=16",
+                           "plane:k=16,v=16",
+                           "plane:bits=8,bits=8",
+                           "fp8:bits=8",
+                           "int8:bits=8",
+                           "int4",
+                           "plane+kivi",
+                           "fp8+int8",
+                           "none+plane",
                            "kivi:bits=4.5",
                            "kivi:bits=-4",
                            "kivi:bits=1e99",
@@ -109,14 +142,45 @@ TEST(CompressorFactory, RefusesEverythingElseAndSaysWhatThereIs) {
 
 // Pieces of specs in any order: a compressor whose name reads back, or a UsageError.
 RC_GTEST_PROP(CompressorFactory, RandomTextNeverCrashes, ()) {
-  static const std::vector<std::string> pieces{"none",   "kivi",  "snapkv", "streaming-llm",
-                                               ":",      ",",     "=",      "+",
-                                               "bits",   "k",     "v",      "budget",
-                                               "window", "sinks", "kernel", "0",
-                                               "1",      "2",     "4",      "8",
-                                               "16",     "0.3",   "1e9",    "-",
-                                               "nan",    "inf",   " ",      "\xc3",
-                                               "{}",     "%s",    "33",     "9999999999999999999999"};
+  static const std::vector<std::string> pieces{"plane",
+                                               "fp8",
+                                               "int8",
+                                               "6",
+                                               "7",
+                                               "9",
+                                               "3",
+                                               "none",
+                                               "kivi",
+                                               "snapkv",
+                                               "streaming-llm",
+                                               ":",
+                                               ",",
+                                               "=",
+                                               "+",
+                                               "bits",
+                                               "k",
+                                               "v",
+                                               "budget",
+                                               "window",
+                                               "sinks",
+                                               "kernel",
+                                               "0",
+                                               "1",
+                                               "2",
+                                               "4",
+                                               "8",
+                                               "16",
+                                               "0.3",
+                                               "1e9",
+                                               "-",
+                                               "nan",
+                                               "inf",
+                                               " ",
+                                               "\xc3",
+                                               "{}",
+                                               "%s",
+                                               "33",
+                                               "9999999999999999999999"};
   std::string text;
   const auto chosen = *rc::gen::container<std::vector<size_t>>(rc::gen::inRange<size_t>(0, pieces.size() + 8));
   for (const size_t i : chosen) {
@@ -139,8 +203,8 @@ RC_GTEST_PROP(CompressorFactory, RandomOptionsReadBack, ()) {
                                ",window=" + std::to_string(*rc::gen::inRange(1, 257))
                          : "streaming-llm:window=" + share + ",sinks=" + std::to_string(*rc::gen::inRange(0, 3000));
   if (*rc::gen::arbitrary<bool>()) {
-    spec += "+kivi:k=" + *rc::gen::element<std::string>("2", "4", "8", "16") +
-            ",v=" + *rc::gen::element<std::string>("2", "4", "8");
+    spec += "+kivi:k=" + *rc::gen::element<std::string>("2", "3", "4", "6", "8", "16") +
+            ",v=" + *rc::gen::element<std::string>("2", "3", "4", "6", "8");
   }
   const std::unique_ptr<Compressor> compressor = make_compressor(spec);
   RC_ASSERT(make_compressor(compressor->name())->name() == compressor->name());

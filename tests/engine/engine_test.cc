@@ -129,6 +129,21 @@ TEST(Engine, EveryCompressorHorizonAndTemperatureGivesTheFullAnswer) {
   }
 }
 
+// The other formats of resident KV, each at one horizon: what they have of their own lies below the engine.
+TEST(Engine, EveryFormatGivesTheFullAnswer) {
+  const Outcome reference = run(nullptr, full_mode(), prompts(), 40, 0.6f);
+  for (const char* compressor :
+       {"kivi:bits=3", "kivi:bits=6", "kivi:k=3,v=8", "plane:bits=6", "plane:bits=7", "plane:bits=8", "plane:bits=9",
+        "plane:k=16,v=6", "fp8", "int8", "quarot:bits=4", "quarot:bits=3", "snapkv:budget=0.3+plane",
+        "snapkv:budget=0.3+quarot:bits=3", "streaming-llm:window=100+int8"}) {
+    EngineOptions options = full_mode();
+    options.horizon = 7;
+    const Outcome compressed = run(compressor, options, prompts(), 40, 0.6f);
+    expect_identical(reference, compressed, compressor);
+    EXPECT_GT(compressed.stats.speculation.accepted, 0);
+  }
+}
+
 TEST(Engine, StreamingFullKvGivesTheFullAnswer) {
   const Outcome reference = run(nullptr, full_mode(), prompts(), 40, 0.7f);
   EngineOptions options = full_mode();

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 
+#include "backend/rotation.h"
 #include "base/check.h"
 
 namespace vericache {
@@ -87,6 +88,7 @@ Attention::Attention(const CpuOps& ops, ThreadPool& pool, const KernelLimits& li
   scratch_.resize(static_cast<size_t>(pool.threads()));
   for (Scratch& s : scratch_) {
     s.q.resize(at(stacked_rows_, shape.key_dim()));
+    s.rotated_q.resize(s.q.size());
     s.page.resize(at(kPageTokens, shape.key_dim() + shape.head_dim));
     s.scores.resize(at(kChunkRows, kPageTokens));
     s.weights.resize(at(kChunkRows, kPageTokens));
@@ -192,13 +194,13 @@ const std::byte* Attention::bf16_page(const KvView& view, int head, int page, co
   }
   const bool last = (page + 1) * kPageTokens >= tokens_of(view, head);
   const std::byte* next = last ? nullptr : view.head_page(head, page + 1);
-  const size_t key_bytes = key_page_bytes(view.format.key_bits, shape);
+  const size_t key_bytes = key_page_bytes(view.format.key(), shape);
   bf16* out = scratch().page.data();
   const size_t keys = at(kPageTokens, shape.key_dim());
   if (view.format.key_bits == 16) {
     std::memcpy(out, source, keys * sizeof(bf16));
   } else {
-    ops_.quant->dequantize(source, view.format.key_bits, kPageTokens / kPanel, shape.key_dim() / 2, out, next);
+    ops_.quant.of(view.format.key()).dequantize(source, key_layout(view.format, shape), out, next);
   }
   const std::byte* values = source + key_bytes;
   if (!needs_values) {
@@ -207,8 +209,8 @@ const std::byte* Attention::bf16_page(const KvView& view, int head, int page, co
   if (view.format.value_bits == 16) {
     std::memcpy(out + keys, values, at(kPageTokens, shape.head_dim) * sizeof(bf16));
   } else {
-    ops_.quant->dequantize(values, view.format.value_bits, shape.head_dim / kPanel, kPageTokens / 2, out + keys,
-                           last ? nullptr : next + key_bytes);
+    ops_.quant.of(view.format.value())
+        .dequantize(values, value_layout(view.format, shape), out + keys, last ? nullptr : next + key_bytes);
   }
   return reinterpret_cast<const std::byte*>(out);
 }
@@ -228,6 +230,7 @@ void Attention::run_page(const AttentionArgs& args, const AttentionBlock& block,
 
   // The next page comes from memory meanwhile: with few rows as the product goes, with many a part per chunk; a
   // quantized page has fetched the next already.
+  const bf16* q = view.format.rotated ? s.rotated_q.data() : s.q.data();
   const std::byte* next = page_of(block, page + 1);
   const KvFormat next_format = page + 1 < block.past_pages ? view.format : KvFormat{};
   const bool as_product_goes = stacked <= kChunkRows && view.format.exact() && next_format.exact() && next != nullptr;
@@ -242,7 +245,7 @@ void Attention::run_page(const AttentionArgs& args, const AttentionBlock& block,
     }
     const SoftmaxRows chunk{state.max + first, state.sum + at(first, kSumLanes), state.acc + at(first, shape.head_dim),
                             shape.head_dim};
-    ops_.product(s.q.data() + at(first, shape.key_dim()), static_cast<size_t>(shape.key_dim()), rows, keys,
+    ops_.product(q + at(first, shape.key_dim()), static_cast<size_t>(shape.key_dim()), rows, keys,
                  at(key_pairs, 2 * kPanel), key_pairs, kPageTokens / kPanel, s.scores.data(), kPageTokens, false,
                  next_keys);
     ops_.rows->softmax_page(s.scores.data(), rows, s.visible.data() + first, args.scale * kLog2E, s.weights.data(),
@@ -262,9 +265,34 @@ void Attention::run_split(const AttentionArgs& args, const AttentionBlock& block
   for (int r = 0; r < block.rows; ++r) {
     gather_q(q + at(r, args.heads * args.shape.key_dim()), block.head, r * group, scratch().q);
   }
-  const int end = std::min(block.pages, (split + 1) * kSplitPages);
-  for (int page = split * kSplitPages; page < end; ++page) {
+  const int begin = split * kSplitPages;
+  const int end = std::min(block.pages, begin + kSplitPages);
+  const int past_end = std::clamp(block.past_pages, begin, end);
+  const bool rotated = block.sequence->kv.past.format.rotated && begin < past_end;
+  if (rotated) {
+    rotate_q(stacked);
+  }
+  for (int page = begin; page < past_end; ++page) {
     run_page(args, block, page, state);
+  }
+  // Sums of rotated values are turned back before any other joins them.
+  for (int r = 0; rotated && r < stacked; ++r) {
+    rotate(state.acc + at(r, args.shape.head_dim), args.shape.head_dim);
+  }
+  for (int page = past_end; page < end; ++page) {
+    run_page(args, block, page, state);
+  }
+}
+
+void Attention::rotate_q(int stacked) {
+  const KvShape& shape = limits_.shape;
+  Scratch& s = scratch();
+  float x[kMaxHeadDim];
+  for (int r = 0; r < stacked; ++r) {
+    const size_t row = at(r, shape.key_dim());
+    std::transform(s.q.data() + row, s.q.data() + row + shape.head_dim, x, to_float);
+    rotate(x, shape.head_dim);
+    std::transform(x, x + shape.head_dim, s.rotated_q.data() + row, to_bf16);  // the rest stays zero
   }
 }
 

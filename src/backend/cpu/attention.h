@@ -13,7 +13,7 @@ namespace vericache {
 struct CpuOps {
   PanelProduct product = nullptr;
   const RowOps* rows = nullptr;
-  const QuantOps* quant = nullptr;
+  QuantOps quant{};
 };
 
 // Rows of one sequence whose positions lie in the same tail page, with the query heads of one KV head stacked: row r
@@ -41,6 +41,7 @@ class Attention {
  private:
   struct Scratch {
     std::vector<bf16> q;              // (stacked rows, key_dim)
+    std::vector<bf16> rotated_q;      // the same, for a rotated past
     std::vector<bf16> page;           // a dequantized head page
     std::vector<float> scores;        // (kChunkRows, 64)
     std::vector<bf16> weights;        // (kChunkRows, 64)
@@ -54,6 +55,7 @@ class Attention {
   void list_sequence(const AttentionArgs& args, const SequenceRows& sequence);
   bool place_partials(int group);  // false: blocks are many or the space is short, so each is walked by one thread
   void gather_q(const bf16* row, int head, int stacked_row, std::vector<bf16>& out) const;
+  void rotate_q(int stacked);  // s.q into s.rotated_q
   void run_split(const AttentionArgs& args, const AttentionBlock& block, int split, const SoftmaxRows& state);
   void run_page(const AttentionArgs& args, const AttentionBlock& block, int page, const SoftmaxRows& state);
   void run_block(const AttentionArgs& args, const AttentionBlock& block);

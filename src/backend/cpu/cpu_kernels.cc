@@ -38,7 +38,7 @@ size_t at(int rows, int columns) {
 }
 
 CpuOps ops_of(Isa isa) {
-  CpuOps ops{simd_product(isa), &row_ops(isa), &quant_ops(isa)};
+  CpuOps ops{simd_product(isa), &row_ops(isa), {affine_ops(isa), token_code_ops(isa)}};
   if (isa == Isa::avx512_bf16) {
     ops.product = avx512_bf16_product();
   } else if (isa == Isa::amx) {
@@ -56,7 +56,7 @@ class CpuKernels final : public Kernels {
         pool_(threads),
         products_(ops_.product, pool_),
         attention_(ops_, pool_, limits),
-        packing_(*ops_.quant, pool_, limits.shape),
+        packing_(ops_.quant, pool_, limits.shape),
         scores_(pool_, limits.max_context_tokens),
         sequence_of_row_(static_cast<size_t>(limits.max_rows)) {
     marks_.fill(Clock::now());

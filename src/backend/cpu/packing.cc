@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "backend/rotation.h"
 #include "base/check.h"
 
 namespace vericache {
@@ -19,6 +20,26 @@ const std::byte* full_page(const LayerKv& full, int head, int page) {
   return page < past_pages ? full.past.head_page(head, page) : full.tail.head_page(head, page - past_pages);
 }
 
+// Every token's key and value in place, rounded to bf16 as it is stored.
+void rotate_page(std::byte* page, const KvShape& shape) {
+  auto* keys = reinterpret_cast<bf16*>(page);
+  bf16* values = keys + kPageTokens * shape.key_dim();
+  float x[kMaxHeadDim];
+  const auto rotate_at = [&](bf16* part, const auto& index) {
+    for (int d = 0; d < shape.head_dim; ++d) {
+      x[d] = to_float(part[index(d)]);
+    }
+    rotate(x, shape.head_dim);
+    for (int d = 0; d < shape.head_dim; ++d) {
+      part[index(d)] = to_bf16(x[d]);
+    }
+  };
+  for (int token = 0; token < kPageTokens; ++token) {
+    rotate_at(keys, [&](int d) { return key_index(token, d, shape); });
+    rotate_at(values, [&](int d) { return value_index(token, d); });
+  }
+}
+
 }  // namespace
 
 Packing::Packing(const QuantOps& ops, ThreadPool& pool, const KvShape& shape)
@@ -26,8 +47,12 @@ Packing::Packing(const QuantOps& ops, ThreadPool& pool, const KvShape& shape)
       pool_(pool),
       shape_(shape),
       page_stride_(lines(head_page_bytes(KvFormat{}, shape))),
-      pages_(page_stride_ * static_cast<size_t>(pool.threads()) + kLine) {
+      pages_(2 * page_stride_ * static_cast<size_t>(pool.threads()) + kLine) {
   first_page_ = pages_.data() + (kLine - reinterpret_cast<uintptr_t>(pages_.data()) % kLine) % kLine;
+}
+
+std::byte* Packing::scratch_page(int index) const {
+  return first_page_ + static_cast<size_t>(2 * ThreadPool::thread_index() + index) * page_stride_;
 }
 
 void Packing::quantize(const QuantizeArgs& args) {
@@ -54,7 +79,7 @@ void Packing::gather_page(const GatherArgs& args, int head, int page) {
   const int* chosen = args.chosen + static_cast<ptrdiff_t>(head) * args.stride + first;
   std::byte* target = args.out.head_page(head, page);
   const bool exact = args.out.format.exact();
-  std::byte* gathered = exact ? target : first_page_ + static_cast<size_t>(ThreadPool::thread_index()) * page_stride_;
+  std::byte* gathered = exact ? target : scratch_page(0);
   if (count < kPageTokens) {
     std::memset(gathered, 0, head_page_bytes(KvFormat{}, shape_));
   }
@@ -69,40 +94,48 @@ void Packing::gather_page(const GatherArgs& args, int head, int page) {
 void Packing::quantize_head_page(const std::byte* source, int tokens, const KvShape& shape, const KvFormat& format,
                                  std::byte* out) const {
   const FlushDenormals flush;
-  const int key_panels = kPageTokens / kPanel;
-  const int value_panels = shape.head_dim / kPanel;
+  if (format.rotated) {
+    const size_t bytes = head_page_bytes(KvFormat{}, shape);
+    check(bytes <= page_stride_, "head pages are rotated for the shape that the backend was built for");
+    std::memcpy(scratch_page(1), source, bytes);
+    source = scratch_page(1);
+    rotate_page(scratch_page(1), shape);
+  }
   const auto* keys = reinterpret_cast<const bf16*>(source);
-  const std::byte* values = source + key_page_bytes(16, shape);
-  std::byte* out_values = out + key_page_bytes(format.key_bits, shape);
+  const std::byte* values = source + key_page_bytes(KvPart{}, shape);
+  std::byte* out_values = out + key_page_bytes(format.key(), shape);
   if (format.key_bits == 16) {
-    std::memcpy(out, source, key_page_bytes(16, shape));
+    std::memcpy(out, source, key_page_bytes(KvPart{}, shape));
   } else {
-    ops_.quantize(keys, format.key_bits, key_panels, shape.key_dim() / 2, tokens, shape.key_dim(), out);
+    ops_.of(format.key()).quantize(keys, key_layout(format, shape), tokens, shape.key_dim(), out);
   }
   if (format.value_bits == 16) {
-    std::memcpy(out_values, values, value_page_bytes(16, shape));
+    std::memcpy(out_values, values, value_page_bytes(KvPart{}, shape));
   } else {
-    ops_.quantize(reinterpret_cast<const bf16*>(values), format.value_bits, value_panels, kPageTokens / 2,
-                  shape.head_dim, tokens, out_values);
+    ops_.of(format.value())
+        .quantize(reinterpret_cast<const bf16*>(values), value_layout(format, shape), shape.head_dim, tokens,
+                  out_values);
   }
 }
 
 void Packing::dequantize_head_page(const std::byte* source, const KvShape& shape, const KvFormat& format,
                                    std::byte* out) const {
   const FlushDenormals flush;
-  std::byte* values = out + key_page_bytes(16, shape);
-  const std::byte* source_values = source + key_page_bytes(format.key_bits, shape);
+  std::byte* values = out + key_page_bytes(KvPart{}, shape);
+  const std::byte* source_values = source + key_page_bytes(format.key(), shape);
   if (format.key_bits == 16) {
-    std::memcpy(out, source, key_page_bytes(16, shape));
+    std::memcpy(out, source, key_page_bytes(KvPart{}, shape));
   } else {
-    ops_.dequantize(source, format.key_bits, kPageTokens / kPanel, shape.key_dim() / 2, reinterpret_cast<bf16*>(out),
-                    nullptr);
+    ops_.of(format.key()).dequantize(source, key_layout(format, shape), reinterpret_cast<bf16*>(out), nullptr);
   }
   if (format.value_bits == 16) {
-    std::memcpy(values, source_values, value_page_bytes(16, shape));
+    std::memcpy(values, source_values, value_page_bytes(KvPart{}, shape));
   } else {
-    ops_.dequantize(source_values, format.value_bits, shape.head_dim / kPanel, kPageTokens / 2,
-                    reinterpret_cast<bf16*>(values), nullptr);
+    ops_.of(format.value())
+        .dequantize(source_values, value_layout(format, shape), reinterpret_cast<bf16*>(values), nullptr);
+  }
+  if (format.rotated) {
+    rotate_page(out, shape);
   }
 }
 

@@ -23,12 +23,13 @@ class Packing {
 
  private:
   void gather_page(const GatherArgs& args, int head, int page);
+  std::byte* scratch_page(int index) const;  // of this thread
 
   const QuantOps& ops_;
   ThreadPool& pool_;
   KvShape shape_;
   size_t page_stride_ = 0;
-  std::vector<std::byte> pages_;  // per thread: a bf16 head page of gathered tokens, before it is quantized
+  std::vector<std::byte> pages_;  // per thread two bf16 head pages: of gathered tokens, and rotated
   std::byte* first_page_ = nullptr;
 };
 

@@ -1,5 +1,5 @@
-// Affine codes of 2, 4 and 8 bits for head pages (KIVI, Liu et al. 2024): one scale and one minimum per value index of
-// a pair.
+// Affine codes of 2 to 8 bits for head pages (KIVI, Liu et al. 2024): one scale and one minimum per value index of a
+// pair.
 #include "backend/cpu/targets.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -9,8 +9,10 @@
 
 #include <limits>
 
+#include "backend/cpu/codes-inl.h"
 #include "backend/cpu/simd.h"
 #include "backend/cpu/vectors-inl.h"
+#include "base/check.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace vericache::HWY_NAMESPACE {
@@ -22,11 +24,6 @@ struct Affine {
   float scale = 0;
   float minimum = 0;
 };
-
-// Where the codes of panel row `row` begin; at 2 bits two rows share 16 bytes.
-size_t code_offset(int bits, int row) {
-  return bits == 8 ? static_cast<size_t>(row) * 32 : static_cast<size_t>(bits == 4 ? row : row / 2) * 16;
-}
 
 // The smallest bf16 that is not below x, for x >= 0; NaN stays NaN.
 bf16 round_up(float x) {
@@ -68,25 +65,11 @@ HWY_INLINE Words encode(Floats x, const Affine& affine, int bits) {
   return hn::BitCast(U32(), hn::NearestInt(clamped));
 }
 
-void write_codes(const uint32_t* codes, int bits, int row, std::byte* out) {
-  std::byte* target = out + code_offset(bits, row);
-  for (int lane = 0; lane < kPanel; ++lane) {
-    const uint32_t code = codes[lane];
-    if (bits == 8) {
-      target[2 * lane] = static_cast<std::byte>(code & 0xff);
-      target[2 * lane + 1] = static_cast<std::byte>(code >> 8);
-    } else if (bits == 4) {
-      target[lane] = static_cast<std::byte>(code);
-    } else if (row % 2 == 0) {
-      target[lane] = static_cast<std::byte>(code);
-    } else {
-      target[lane] |= static_cast<std::byte>(code << 4);
-    }
-  }
-}
-
-void quantize_pair(const bf16* source, int bits, int panels, int pairs, int pair, int lane_limit, int value_limit,
+template <int kBits>
+void quantize_pair(const bf16* source, const PartLayout& layout, int pair, int lane_limit, int value_limit,
                    std::byte* out) {
+  const auto [part, panels, pairs, keys] = layout;
+  constexpr int bits = kBits;
   const F32 d;
   const float infinity = std::numeric_limits<float>::infinity();
   Floats low[2] = {hn::Set(d, infinity), hn::Set(d, infinity)};
@@ -105,7 +88,7 @@ void quantize_pair(const bf16* source, int bits, int panels, int pairs, int pair
       }
     }
   }
-  std::byte* scales = out + code_bytes(bits, panels, pairs);
+  std::byte* scales = out + layout.code_bytes();
   Affine affine[2];
   bool held[2];
   for (int e = 0; e < 2; ++e) {
@@ -115,34 +98,48 @@ void quantize_pair(const bf16* source, int bits, int panels, int pairs, int pair
     affine[e] = fit(bottom, top, bits, scales + static_cast<size_t>(2 * pair + e) * 4);
   }
   for (int panel = 0; panel < panels; ++panel) {
-    HWY_ALIGN uint32_t codes[kPanel];
+    HWY_ALIGN uint32_t codes[2][kPanel];
     for (int lane = 0; lane < kPanel; lane += kLanes) {
       const auto mask = hn::RebindMask(U32(), present(panel, lane, lane_limit));
       const Words words = load(panel, lane);
       const Words first = held[0] ? encode(first_of_pair(words), affine[0], bits) : hn::Zero(U32());
       const Words second = held[1] ? encode(second_of_pair(words), affine[1], bits) : hn::Zero(U32());
-      const Words both = hn::Or(first, hn::ShiftLeftSame(second, bits));
-      hn::Store(hn::IfThenElseZero(mask, both), U32(), codes + lane);
+      hn::Store(hn::IfThenElseZero(mask, first), U32(), codes[0] + lane);
+      hn::Store(hn::IfThenElseZero(mask, second), U32(), codes[1] + lane);
     }
-    write_codes(codes, bits, panel * pairs + pair, out);
+    write_codes<kBits>(codes, layout, panel * pairs + pair, out);
   }
 }
 
-void quantize(const bf16* source, int bits, int panels, int pairs, int lane_limit, int value_limit, std::byte* out) {
-  for (int pair = 0; pair < pairs; ++pair) {
-    quantize_pair(source, bits, panels, pairs, pair, lane_limit, value_limit, out);
+// run(a value whose type tells the bits of affine codes)
+template <int kBits>
+struct Bits {
+  static constexpr int kValue = kBits;
+};
+template <typename Run>
+void for_bits(int bits, const Run& run) {
+  switch (bits) {
+    case 2:
+      return run(Bits<2>());
+    case 3:
+      return run(Bits<3>());
+    case 4:
+      return run(Bits<4>());
+    case 6:
+      return run(Bits<6>());
+    case 8:
+      return run(Bits<8>());
+    default:
+      check(false, "affine codes have 2, 3, 4, 6 or 8 bits");
   }
 }
 
-// Codes of `kLanes` lanes as one word each, the pair's first code in the low bits.
-HWY_INLINE Words read_codes(const std::byte* source, int bits, int row, int lane) {
-  const std::byte* at = source + code_offset(bits, row);
-  if (bits == 8) {
-    return hn::PromoteTo(U32(), hn::LoadU(U16(), reinterpret_cast<const uint16_t*>(at + 2 * lane)));
-  }
-  const hn::Rebind<uint8_t, F32> d8;
-  const Words bytes = hn::PromoteTo(U32(), hn::LoadU(d8, reinterpret_cast<const uint8_t*>(at + lane)));
-  return bits == 2 && row % 2 != 0 ? hn::ShiftRight<4>(bytes) : bytes;
+void quantize(const bf16* source, const PartLayout& layout, int lane_limit, int value_limit, std::byte* out) {
+  for_bits(layout.part.bits, [&](auto bits) {
+    for (int pair = 0; pair < layout.pairs; ++pair) {
+      quantize_pair<decltype(bits)::kValue>(source, layout, pair, lane_limit, value_limit, out);
+    }
+  });
 }
 
 HWY_INLINE Words decode(Words code, const Affine& affine) {
@@ -151,36 +148,36 @@ HWY_INLINE Words decode(Words code, const Affine& affine) {
   return round_finite_to_bf16(hn::MulAdd(step, hn::Set(d, affine.scale), hn::Set(d, affine.minimum)));
 }
 
-void dequantize(const std::byte* source, int bits, int panels, int pairs, bf16* out, const std::byte* next) {
-#if HWY_TARGET == HWY_AVX3
-  if (dequantize_by_table(source, bits, panels, pairs, out, next)) {
-    return;
-  }
-#endif
-  const U32 du;
-  const std::byte* scales = source + code_bytes(bits, panels, pairs);
-  const Words mask = hn::Set(du, (1u << bits) - 1);
-  for (int pair = 0; pair < pairs; ++pair) {
-    prefetch_pair(next, bits, panels, pairs, pair);
+template <int kBits>
+void dequantize_bits(const std::byte* source, const PartLayout& layout, bf16* out, const std::byte* next) {
+  const std::byte* scales = source + layout.code_bytes();
+  for (int pair = 0; pair < layout.pairs; ++pair) {
+    prefetch_share(next, layout.code_bytes() + static_cast<size_t>(8 * layout.pairs), layout.pairs, pair);
     const Affine first = read_affine(scales, 2 * pair);
     const Affine second = read_affine(scales, 2 * pair + 1);
-    for (int panel = 0; panel < panels; ++panel) {
-      const int row = panel * pairs + pair;
+    for (int panel = 0; panel < layout.panels; ++panel) {
+      const int row = panel * layout.pairs + pair;
       for (int lane = 0; lane < kPanel; lane += kLanes) {
-        const Words codes = read_codes(source, bits, row, lane);
-        const Words low = hn::ShiftRight<16>(decode(hn::And(codes, mask), first));
-        const Words high = decode(hn::And(hn::ShiftRightSame(codes, bits), mask), second);
-        const Words both = hn::Or(low, hn::And(high, hn::Set(du, 0xffff0000u)));
-        hn::StoreU(both, du, reinterpret_cast<uint32_t*>(out + (row * kPanel + lane) * 2));
+        const CodePair codes = read_codes<kBits>(source, layout, row, lane);
+        store_pairs(decode(codes.first, first), decode(codes.second, second), out + (row * kPanel + lane) * 2);
       }
     }
   }
 }
 
+void dequantize(const std::byte* source, const PartLayout& layout, bf16* out, const std::byte* next) {
+#if HWY_TARGET == HWY_AVX3
+  if (dequantize_by_table(source, layout.part.bits, layout.panels, layout.pairs, out, next)) {
+    return;
+  }
+#endif
+  for_bits(layout.part.bits, [&](auto bits) { dequantize_bits<decltype(bits)::kValue>(source, layout, out, next); });
+}
+
 }  // namespace
 
-const QuantOps& quant_table() {
-  static constexpr QuantOps kOps{quantize, dequantize};
+const PartOps& affine_table() {
+  static constexpr PartOps kOps{quantize, dequantize};
   return kOps;
 }
 
@@ -190,8 +187,8 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace vericache {
 
-const QuantOps& quant_ops(Isa isa) {
-  VERICACHE_FOR_ISA(isa, quant_table);
+const PartOps& affine_ops(Isa isa) {
+  VERICACHE_FOR_ISA(isa, affine_table);
 }
 
 }  // namespace vericache

@@ -1,47 +1,55 @@
 #include "backend/cpu/residuals.h"
 
+#include "backend/cpu/codes.h"
 #include "backend/residual_rows.h"
 #include "base/check.h"
 
 namespace vericache {
 namespace {
 
-// Codes, scales and minima of the resident head pages of one page, as kv_view.h lays them out.
+// The codes of the resident head pages of one page, and what they are read with.
 class PackedFields {
  public:
   PackedFields(const KvView& resident, int page, const KvShape& shape)
-      : resident_(resident), page_(page), shape_(shape) {}
+      : resident_(resident),
+        page_(page),
+        shape_(shape),
+        keys_(key_layout(resident.format, shape)),
+        values_(value_layout(resident.format, shape)) {}
 
   const std::byte* part(int head, bool keys) const {
-    return resident_.head_page(head, page_) + (keys ? 0 : key_page_bytes(resident_.format.key_bits, shape_));
+    return resident_.head_page(head, page_) + (keys ? 0 : key_page_bytes(resident_.format.key(), shape_));
   }
   ResidualField operator()(int head, bool keys, int i) const {
+    const PartLayout& layout = keys ? keys_ : values_;
     const std::byte* packed = part(head, keys);
-    const int bits = keys ? resident_.format.key_bits : resident_.format.value_bits;
-    // A panel row is 32 values: 16 lanes, two values each.
-    const int pairs = (keys ? shape_.key_dim() : kPageTokens) / 2;
-    const int row = i / 32;
-    const int group = row % pairs * 2 + i % 2;
-    const int values = kPageTokens * (keys ? shape_.key_dim() : shape_.head_dim);
-    bf16 affine[2];
-    std::memcpy(affine, packed + static_cast<size_t>(values * bits / 8 + group * 4), sizeof(affine));
-    return affine_field(code(packed, bits, row, i % 32 / 2, i % 2), to_float(affine[0]), to_float(affine[1]));
+    const CodeIndex at = code_index(layout, i);
+    return residual_field(layout.part, code_at(packed, layout, at), group_of(packed, layout, at.group));
   }
 
  private:
-  static uint32_t code(const std::byte* packed, int bits, int row, int lane, int second) {
-    if (bits == 8) {
-      return std::to_integer<uint32_t>(packed[row * 32 + lane * 2 + second]);
+  static ResidualGroup group_of(const std::byte* packed, const PartLayout& layout, int group) {
+    const std::byte* groups = packed + layout.code_bytes();
+    uint16_t bits[2] = {};
+    switch (layout.part.code) {
+      case KvCode::plane:
+      case KvCode::fp8:
+        return {base_of(packed, layout, group), 0};
+      case KvCode::int8:
+        std::memcpy(bits, groups + static_cast<ptrdiff_t>(group) * 2, sizeof(bits[0]));
+        break;
+      case KvCode::affine:
+        std::memcpy(bits, groups + static_cast<ptrdiff_t>(group) * 4, sizeof(bits));
+        break;
     }
-    if (bits == 4) {
-      return std::to_integer<uint32_t>(packed[row * 16 + lane]) >> (4 * second) & 15;
-    }
-    return std::to_integer<uint32_t>(packed[row / 2 * 16 + lane]) >> (row % 2 * 4 + 2 * second) & 3;
+    return {bits[0], bits[1]};
   }
 
   const KvView& resident_;
   int page_;
   const KvShape& shape_;
+  PartLayout keys_;
+  PartLayout values_;
 };
 
 }  // namespace

@@ -62,8 +62,32 @@ struct RowOps {
                     float* mass);
 };
 
-inline size_t code_bytes(int bits, int panels, int pairs) {
-  return static_cast<size_t>(panels * pairs) * 4 * static_cast<size_t>(bits);
+// One part (K or V) of a head page: `panels` panels of `pairs` rows of 16 lanes of two values. Layouts: kv_view.h.
+struct PartLayout {
+  KvPart part;
+  int panels = 0;
+  int pairs = 0;
+  bool keys = false;  // lanes are tokens and a pair is two channels; of values, the other way round
+  size_t rows() const { return static_cast<size_t>(panels) * static_cast<size_t>(pairs); }
+  size_t code_bytes() const { return rows() * 4 * static_cast<size_t>(part.bits); }
+};
+inline PartLayout key_layout(const KvFormat& format, const KvShape& shape) {
+  return {format.key(), kPageTokens / kPanel, shape.key_dim() / 2, true};
+}
+inline PartLayout value_layout(const KvFormat& format, const KvShape& shape) {
+  return {format.value(), shape.head_dim / kPanel, kPageTokens / 2, false};
+}
+
+// Where the plane of `width` bits (1, 2, 4 or 8) of the codes begins, and in it the 16 bytes or more of row `row`.
+inline size_t plane_offset(const PartLayout& layout, int width) {
+  return layout.rows() * 4 * static_cast<size_t>(layout.part.bits & ~(2 * width - 1));
+}
+inline size_t row_offset(int width, int row) {
+  return width == 8 ? static_cast<size_t>(row) * 32 : static_cast<size_t>(row * width / 4) * 16;
+}
+// How far up in their byte the codes of a row stand, where rows share bytes.
+inline int row_shift(int width, int row) {
+  return width == 2 ? 4 * (row % 2) : width == 1 ? 2 * (row % 4) : 0;
 }
 
 // Fetches what the rows of one pair will need of `next`, once per cache line.
@@ -71,23 +95,34 @@ inline size_t code_bytes(int bits, int panels, int pairs) {
   if (next == nullptr) {
     return;
   }
+  const size_t row_bytes = static_cast<size_t>(bits) * 4;
   for (int panel = 0; panel < panels && pair % (16 / bits) == 0; ++panel) {
-    prefetch_line(next + code_bytes(bits, 1, panel * pairs + pair));
+    prefetch_line(next + static_cast<size_t>(panel * pairs + pair) * row_bytes);
   }
   if (pair % 8 == 0) {
-    prefetch_line(next + code_bytes(bits, panels, pairs) + static_cast<size_t>(pair) * 8);
+    prefetch_line(next + static_cast<size_t>(panels * pairs) * row_bytes + static_cast<size_t>(pair) * 8);
+  }
+}
+// The same for codes of several planes: an even share of the part per pair.
+[[gnu::always_inline]] inline void prefetch_share(const std::byte* next, size_t bytes, int pairs, int pair) {
+  const size_t begin = bytes * static_cast<size_t>(pair) / static_cast<size_t>(pairs) / 64;
+  const size_t end = bytes * static_cast<size_t>(pair + 1) / static_cast<size_t>(pairs) / 64;
+  for (size_t line = begin; next != nullptr && line < end; ++line) {
+    prefetch_line(next + line * 64);
   }
 }
 
-// One part (K or V) of a head page: `panels` panels of `pairs` rows of 16 lanes of two values; scale and minimum per
-// value index of a pair. Layouts: kv_view.h.
-struct QuantOps {
+struct PartOps {
   // Lanes from lane_limit on (counted over the panels) and value indices from value_limit on are absent: their codes
   // are zero.
-  void (*quantize)(const bf16* source, int bits, int panels, int pairs, int lane_limit, int value_limit,
-                   std::byte* out);
+  void (*quantize)(const bf16* source, const PartLayout& layout, int lane_limit, int value_limit, std::byte* out);
   // `next`, if not null, is the part that will be read after this one; it is fetched as the work goes.
-  void (*dequantize)(const std::byte* source, int bits, int panels, int pairs, bf16* out, const std::byte* next);
+  void (*dequantize)(const std::byte* source, const PartLayout& layout, bf16* out, const std::byte* next);
+};
+struct QuantOps {
+  PartOps affine;
+  PartOps by_token;  // plane, fp8, int8
+  const PartOps& of(const KvPart& part) const { return part.by_token() ? by_token : affine; }
 };
 
 PanelProduct simd_product(Isa isa);  // portable, avx2, avx512
@@ -96,7 +131,8 @@ PanelProduct amx_product();
 bool amx_permitted();  // asks the kernel for tile data, once per process
 
 const RowOps& row_ops(Isa isa);
-const QuantOps& quant_ops(Isa isa);
+const PartOps& affine_ops(Isa isa);
+const PartOps& token_code_ops(Isa isa);
 // AVX-512; false: not for these bits.
 bool dequantize_by_table(const std::byte* source, int bits, int panels, int pairs, bf16* out, const std::byte* next);
 

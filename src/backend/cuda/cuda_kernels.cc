@@ -278,7 +278,9 @@ void CudaKernels::replay(const PassRows& pass, const void* state, void (*body)(c
                        .longest_tokens = stage.longest_tokens(),
                        .buffers = pass.buffers,
                        .key_bits = stage.format().key_bits,
-                       .value_bits = stage.format().value_bits},
+                       .value_bits = stage.format().value_bits,
+                       .code = stage.format().code,
+                       .rotated = stage.format().rotated},
                       stream(), state, body);
 }
 

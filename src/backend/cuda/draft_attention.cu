@@ -93,17 +93,17 @@ __device__ inline Run find_run(const SequenceRows& sequence, int head, int split
           min(pages_of(tokens), first + split_pages), tokens, tail};
 }
 
-template <int kHeadDim>
+template <int kHeadDim, bool kChunked>
 constexpr size_t shared_bytes() {
-  using Ring = typename DraftWarp<kHeadDim>::Ring;
-  static_assert(DraftWarp<kHeadDim>::kStoredFloats * sizeof(float) <= Ring::kBytes);
+  using Ring = typename DraftWarp<kHeadDim, kChunked>::Ring;
+  static_assert(DraftWarp<kHeadDim, kChunked>::kStoredFloats * sizeof(float) <= Ring::kBytes);
   return kWarps * (Ring::kBytes + Ring::kBarrierBytes);
 }
 
 // The warps' sums become one, in the order of the warps.
-template <int kHeadDim>
+template <int kHeadDim, bool kChunked>
 __device__ void join_warps(const DraftArgs& args, const std::byte* shared, int first_head, int heads) {
-  using Warp = DraftWarp<kHeadDim>;
+  using Warp = DraftWarp<kHeadDim, kChunked>;
   const auto stored = [&](int warp) { return reinterpret_cast<const float*>(shared + warp * Warp::Ring::kBytes); };
   for (int i = static_cast<int>(threadIdx.x); i < heads * kHeadDim; i += kThreads) {
     const int head = i / kHeadDim;
@@ -129,9 +129,9 @@ __device__ void join_warps(const DraftArgs& args, const std::byte* shared, int f
   }
 }
 
-template <int kHeadDim>
+template <int kHeadDim, bool kChunked>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) draft_attention_kernel(DraftArgs args) {
-  using Ring = typename DraftWarp<kHeadDim>::Ring;
+  using Ring = typename DraftWarp<kHeadDim, kChunked>::Ring;
   extern __shared__ __align__(128) std::byte shared[];
   const SequenceRows& sequence = args.sequences[blockIdx.z];
   const int kv_head = static_cast<int>(blockIdx.y) / args.head_tiles;
@@ -145,20 +145,21 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) draft_atte
   const int warp_index = uniform(static_cast<int>(threadIdx.x) / 32);
   std::byte* memory = shared + warp_index * Ring::kBytes;
   std::byte* barriers = shared + kWarps * Ring::kBytes + warp_index * Ring::kBarrierBytes;
-  const int key_bits = run.tail ? 16 : args.format.key_bits;
-  const int value_bits = run.tail ? 16 : args.format.value_bits;
+  const KvFormat format = run.tail ? KvFormat{} : args.format;
   Ring ring(memory, barriers,
-            {run.pages, run.first + warp_index, run.last, kWarps, run.tail ? key_pieces(16, kHeadDim) : args.keys,
-             run.tail ? value_pieces(16, kHeadDim) : args.values});
-  DraftWarp<kHeadDim> warp;
-  warp.load_queries(args.q + (static_cast<size_t>(sequence.first_row) * args.heads + first_head) * kHeadDim, heads);
+            {run.pages, run.first + warp_index, run.last, kWarps, run.tail ? key_pieces(KvPart{}, kHeadDim) : args.keys,
+             run.tail ? value_pieces(KvPart{}, kHeadDim) : args.values});
+  DraftWarp<kHeadDim, kChunked> warp;
+  warp.load_queries(args.q + (static_cast<size_t>(sequence.first_row) * args.heads + first_head) * kHeadDim, heads,
+                    format.rotated);
 #pragma unroll 1
   for (int page = run.first + warp_index; page < run.last; page += kWarps) {
-    warp.add_page(ring, key_bits, value_bits, min(kPageTokens, run.tokens - page * kPageTokens), args.scale_log2);
+    warp.add_page(ring, format.key(), format.value(), min(kPageTokens, run.tokens - page * kPageTokens),
+                  args.scale_log2);
   }
   warp.store(reinterpret_cast<float*>(memory));
   __syncthreads();
-  join_warps<kHeadDim>(args, shared, first_head, heads);
+  join_warps<kHeadDim, kChunked>(args, shared, first_head, heads);
 }
 
 constexpr int kFoldThreads = 256;
@@ -181,6 +182,10 @@ __device__ float reduce_block(float value, float* of_warps, const Join& join) {
   return value;
 }
 
+__device__ inline float4 add(const float4& a, const float4& b) {
+  return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+}
+
 // One block a query head of a sequence: the splits that had work become one row of the output.
 template <int kHeadDim>
 __global__ void __launch_bounds__(kFoldThreads) fold_splits_kernel(DraftArgs args) {
@@ -192,8 +197,8 @@ __global__ void __launch_bounds__(kFoldThreads) fold_splits_kernel(DraftArgs arg
   const SequenceRows& sequence = args.sequences[blockIdx.y];
   const int head = static_cast<int>(blockIdx.x);
   const int kv_head = head / args.group;
-  const int splits = ceil_div(pages_of(past_tokens(sequence, kv_head)), args.cut.pages) +
-                     ceil_div(pages_of(tail_tokens(sequence)), args.cut.pages);
+  const int past_splits = ceil_div(pages_of(past_tokens(sequence, kv_head)), args.cut.pages);
+  const int splits = past_splits + ceil_div(pages_of(tail_tokens(sequence)), args.cut.pages);
   if (splits > args.cut.count) {
     __trap();  // a sequence longer than the caller said
   }
@@ -213,27 +218,39 @@ __global__ void __launch_bounds__(kFoldThreads) fold_splits_kernel(DraftArgs arg
   }
   sum = reduce_block(sum, of_warps, [](float a, float b) { return a + b; });
 
+  // Of the splits [begin, end), in the first kLanes threads.
   const int lane = thread % kLanes;
-  if (thread < kAbreast * kLanes) {
-    const auto* partials = reinterpret_cast<const float4*>(args.partials) + first * kLanes + lane;
-    float4 out = make_float4(0, 0, 0, 0);
+  const auto sum_of = [&](int begin, int end) {
+    if (thread < kAbreast * kLanes) {
+      const auto* partials = reinterpret_cast<const float4*>(args.partials) + first * kLanes + lane;
+      float4 out = make_float4(0, 0, 0, 0);
 #pragma unroll 4
-    for (int i = thread / kLanes; i < splits; i += kAbreast) {
-      const float4 split = partials[static_cast<size_t>(i) * kLanes];
-      const float weight = weights[i];
-      out = make_float4(fmaf(split.x, weight, out.x), fmaf(split.y, weight, out.y), fmaf(split.z, weight, out.z),
-                        fmaf(split.w, weight, out.w));
+      for (int i = begin + thread / kLanes; i < end; i += kAbreast) {
+        const float4 split = partials[static_cast<size_t>(i) * kLanes];
+        const float weight = weights[i];
+        out = make_float4(fmaf(split.x, weight, out.x), fmaf(split.y, weight, out.y), fmaf(split.z, weight, out.z),
+                          fmaf(split.w, weight, out.w));
+      }
+      sums[thread / kLanes][lane] = out;
     }
-    sums[thread / kLanes][lane] = out;
+    __syncthreads();
+    float4 out = sums[0][lane];
+    for (int i = 1; thread < kLanes && i < kAbreast; ++i) {
+      out = add(out, sums[i][lane]);
+    }
+    __syncthreads();
+    return out;
+  };
+  float4 turned = make_float4(0, 0, 0, 0);  // what rotated pages gave
+  if (args.format.rotated) {
+    turned = sum_of(0, past_splits);
+    if (thread < kLanes) {
+      turned = rotate_sums<kHeadDim>(turned);
+    }
   }
-  __syncthreads();
+  const float4 out = add(sum_of(args.format.rotated ? past_splits : 0, splits), turned);
   const size_t row = static_cast<size_t>(sequence.first_row);
   if (thread < kLanes) {
-    float4 out = sums[0][lane];
-    for (int i = 1; i < kAbreast; ++i) {
-      const float4 more = sums[i][lane];
-      out = make_float4(out.x + more.x, out.y + more.y, out.z + more.z, out.w + more.w);
-    }
     const float inverse = 1.0f / sum;
     const uint2 pairs = {pack_pair(out.x * inverse, out.y * inverse), pack_pair(out.z * inverse, out.w * inverse)};
     reinterpret_cast<uint2*>(args.out + (row * args.heads + head) * kHeadDim)[lane] = pairs;
@@ -243,19 +260,28 @@ __global__ void __launch_bounds__(kFoldThreads) fold_splits_kernel(DraftArgs arg
   }
 }
 
+template <int kHeadDim, bool kChunked>
+void launch_splits(const DraftArgs& args, dim3 blocks, cudaStream_t stream) {
+  const size_t bytes = shared_bytes<kHeadDim, kChunked>();
+  const auto kernel = draft_attention_kernel<kHeadDim, kChunked>;
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+             "shared memory of draft attention");
+  check_cuda(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+      "shared memory of draft attention");
+  kernel<<<blocks, kThreads, bytes, stream>>>(args);
+  check_cuda(cudaGetLastError(), "draft attention");
+}
+
 template <int kHeadDim>
 void launch(const DraftArgs& args, int kv_heads, int sequences, cudaStream_t stream) {
-  const size_t bytes = shared_bytes<kHeadDim>();
-  check_cuda(cudaFuncSetAttribute(draft_attention_kernel<kHeadDim>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  static_cast<int>(bytes)),
-             "shared memory of draft attention");
-  check_cuda(cudaFuncSetAttribute(draft_attention_kernel<kHeadDim>, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                  cudaSharedmemCarveoutMaxShared),
-             "shared memory of draft attention");
   const dim3 blocks(static_cast<unsigned>(args.cut.count), static_cast<unsigned>(kv_heads * args.head_tiles),
                     static_cast<unsigned>(sequences));
-  draft_attention_kernel<kHeadDim><<<blocks, kThreads, bytes, stream>>>(args);
-  check_cuda(cudaGetLastError(), "draft attention");
+  if (chunked(args.format.key()) || chunked(args.format.value())) {
+    launch_splits<kHeadDim, true>(args, blocks, stream);
+  } else {
+    launch_splits<kHeadDim, false>(args, blocks, stream);
+  }
   const dim3 rows(static_cast<unsigned>(args.heads), static_cast<unsigned>(sequences));
   fold_splits_kernel<kHeadDim><<<rows, kFoldThreads, 0, stream>>>(args);
   check_cuda(cudaGetLastError(), "draft attention, folding of splits");
@@ -288,8 +314,8 @@ void draft_attention(const AttentionArgs& args, const KvFormat& format, const St
                   .group = args.heads / shape.kv_heads,
                   .scale_log2 = args.scale * kLog2E,
                   .format = format,
-                  .keys = key_pieces(format.key_bits, head_dim),
-                  .values = value_pieces(format.value_bits, head_dim),
+                  .keys = key_pieces(format.key(), head_dim),
+                  .values = value_pieces(format.value(), head_dim),
                   .out = args.out,
                   .log_sum_exp = args.log_sum_exp};
   draft.head_tiles = head_tiles(draft.group);

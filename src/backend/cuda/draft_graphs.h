@@ -21,6 +21,8 @@ struct DraftShape {
   const void* buffers = nullptr;
   int key_bits = 0;
   int value_bits = 0;
+  KvCode code{};
+  bool rotated = false;
   auto operator<=>(const DraftShape&) const = default;
 };
 

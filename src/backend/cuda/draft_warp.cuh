@@ -2,19 +2,22 @@
 // softmax. Device code; all lanes of the one warp that owns it call together.
 #pragma once
 
-#include "backend/cuda/packed_math.cuh"
+#include "backend/cuda/chunk_math.cuh"
 #include "backend/cuda/page_ring.cuh"
+#include "backend/cuda/rotation.cuh"
 
 namespace vericache::cuda {
 
 constexpr int kTileHeads = 8;  // columns of a tensor-core step
 
 // One warp: 8 query heads as the columns of every step, tokens (scores) or dims (sums) as its rows. Lane 4 g + c.
-template <int kHeadDim>
+// kChunked: K or V may lie in chunks (chunk_layout.h).
+template <int kHeadDim, bool kChunked>
 class DraftWarp {
  public:
   static constexpr int kGroups = kHeadDim / 32;
-  static constexpr int kStageBytes = kHeadDim * 36 > 4096 ? kHeadDim * 36 : 4096;
+  static constexpr int kLeastStage = kChunked ? 4096 + 2 * kPageTokens : 4096;
+  static constexpr int kStageBytes = kHeadDim * 36 > kLeastStage ? kHeadDim * 36 : kLeastStage;
   static_assert(bytes_of(Pieces{1, plane_bytes(4, kHeadDim), kHeadDim * 4}) <= kStageBytes &&
                 bytes_of(Pieces{1, plane_bytes(4, kHeadDim), kPageTokens * 4}) <= kStageBytes);
   using Ring = PageRing<4, kStageBytes>;
@@ -23,8 +26,8 @@ class DraftWarp {
 
   __device__ DraftWarp() : lane_(static_cast<int>(threadIdx.x) % 32), g_(lane_ / 4), c_(lane_ % 4) {}
 
-  // q: (heads of this tile, head_dim). Column g is head g, zero where there is none.
-  __device__ void load_queries(const bf16* q, int heads) {
+  // q: (heads of this tile, head_dim). Column g is head g, zero where there is none. rotated: for pages that are.
+  __device__ void load_queries(const bf16* q, int heads, bool rotated) {
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
 #pragma unroll
@@ -35,22 +38,29 @@ class DraftWarp {
         read16(reinterpret_cast<const std::byte*>(q + g_ * kHeadDim + 32 * group + 8 * c_), q_[group]);
       }
     }
+    if (rotated) {
+      rotate_queries<kHeadDim>(q_);
+    }
   }
 
   // The next page of the ring, of which `visible` tokens count.
-  __device__ void add_page(Ring& ring, int key_bits, int value_bits, int visible, float scale_log2) {
+  __device__ void add_page(Ring& ring, const KvPart& keys, const KvPart& values, int visible, float scale_log2) {
     float scores[4][4] = {};
-    if (key_bits == 16) {
+    if (keys.bits == 16) {
       score_exact(ring, scores);
+    } else if (kChunked && chunked(keys)) {
+      for_reader(keys, [&]<typename Reader>() { score_chunks<Reader>(ring, scores); });
     } else {
-      score_packed(ring, key_bits, scores);
+      score_packed(ring, keys.bits, scores);
     }
     uint32_t weights[8];
     weigh(scores, visible, scale_log2, weights);
-    if (value_bits == 16) {
+    if (values.bits == 16) {
       add_exact(ring, weights);
+    } else if (kChunked && chunked(values)) {
+      for_reader(values, [&]<typename Reader>() { add_chunks<Reader>(ring, weights); });
     } else {
-      add_packed(ring, value_bits, weights);
+      add_packed(ring, values.bits, weights);
     }
   }
 
@@ -103,23 +113,10 @@ class DraftWarp {
     uint32_t scaled[kGroups][4];
     float by_middle[4] = {};
     float by_affine[4] = {};
-    const Middle middle = middle_of(bits);
-#pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
-      const std::byte* affine = keys + (32 * group + 8 * c_) * 2;
-      uint32_t scale[4];
-      uint32_t minimum[4];
-      read16(affine, scale);
-      read16(affine + kHeadDim * 2, minimum);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        scaled[group][i] = multiply_pairs(q_[group][i], scale[i]);
-      }
-      if (bits == 2) {
-        correct<true>(middle, scale, minimum, scaled[group], q_[group], by_middle, by_affine);
-      } else {
-        correct<false>(middle, scale, minimum, scaled[group], q_[group], by_middle, by_affine);
-      }
+    if (bits == 2) {
+      scale_queries<true>(keys, middle_of(bits), scaled, by_middle, by_affine);
+    } else {
+      scale_queries<false>(keys, middle_of(bits), scaled, by_middle, by_affine);
     }
     keys += kHeadDim * 4;
     if (bits == 2) {
@@ -133,12 +130,94 @@ class DraftWarp {
       score_plane4(keys, kLowExponent, scaled, scores);
     }
     ring.release();
+    add_to_all(by_middle, by_affine, scores);
+  }
+
+  // The queries times the scales of the channels; affine: the scales, then the minima.
+  template <bool kTwoBits>
+  __device__ void scale_queries(const std::byte* affine, const Middle& middle, uint32_t (&scaled)[kGroups][4],
+                                float (&by_middle)[4], float (&by_affine)[4]) {
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+      const std::byte* of_lane = affine + (32 * group + 8 * c_) * 2;
+      uint32_t scale[4];
+      uint32_t minimum[4];
+      read16(of_lane, scale);
+      read16(of_lane + kHeadDim * 2, minimum);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        scaled[group][i] = multiply_pairs(q_[group][i], scale[i]);
+      }
+      correct<kTwoBits>(middle, scale, minimum, scaled[group], q_[group], by_middle, by_affine);
+    }
+  }
+
+  __device__ static void add_to_all(const float (&by_middle)[4], const float (&by_affine)[4], float (&scores)[4][4]) {
 #pragma unroll
     for (int tile = 0; tile < 4; ++tile) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         scores[tile][i] += by_middle[i] + (by_affine[i % 2] + by_affine[2 + i % 2]);
       }
+    }
+  }
+
+  // What a token is multiplied by comes after the product: rows are tokens.
+  template <typename Reader>
+  __device__ void score_chunks(Ring& ring, float (&scores)[4][4]) {
+    const std::byte* keys = ring.wait();
+    if constexpr (Reader::kByToken) {
+      constexpr bool kInt8 = Reader::kCode == KvCode::int8;
+      uint32_t scales[2][4];  // (tokens 32 u + 8 (g / 2) .., pairs)
+      token_scales<kInt8>(keys, g_ / 2 * 8, scales[0]);
+      token_scales<kInt8>(keys, 32 + g_ / 2 * 8, scales[1]);
+      score_pieces<Reader>(ring, keys + (kInt8 ? 2 : 1) * kPageTokens, q_, scores);
+      const int shift = g_ % 2 == 0 ? 16 : 0;
+#pragma unroll
+      for (int block = 0; block < 8; ++block) {
+        const float scale = __uint_as_float(scales[block / 4][block % 4] << shift & 0xffff0000u);
+        scores[block / 2][block % 2 * 2] *= scale;
+        scores[block / 2][block % 2 * 2 + 1] *= scale;
+      }
+    } else {
+      uint32_t scaled[kGroups][4];
+      float by_middle[4] = {};
+      float by_affine[4] = {};
+      scale_queries<false>(keys, chunk_middle<Reader::kCodeBits>(), scaled, by_middle, by_affine);
+      score_pieces<Reader>(ring, keys + kHeadDim * 4, scaled, scores);
+      add_to_all(by_middle, by_affine, scores);
+    }
+  }
+
+  template <typename Reader>
+  __device__ void score_pieces(Ring& ring, const std::byte* chunks, const uint32_t (&q)[kGroups][4],
+                               float (&scores)[4][4]) {
+    constexpr int kOfPiece = piece_chunks(Reader::kCodeBits, kHeadDim);
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+      if (group > 0 && group % kOfPiece == 0) {
+        ring.release();
+        chunks = ring.wait();
+      }
+      const Reader reader(chunks + group % kOfPiece * chunk_bytes(Reader::kCodeBits), lane_);
+      uint32_t pairs[2][2][4];
+      reader.template tiles<0>(pairs);
+      step_tiles(scores[0], scores[1], pairs, q[group], q[group]);
+      reader.template tiles<1>(pairs);
+      step_tiles(scores[2], scores[3], pairs, q[group], q[group]);
+    }
+    ring.release();
+  }
+
+  // The products of two tiles, each with its own columns: 4 pairs of k values.
+  __device__ static void step_tiles(float (&first)[4], float (&second)[4], const uint32_t (&pairs)[2][2][4],
+                                    const uint32_t* of_first, const uint32_t* of_second) {
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+      tensor_step(first, pairs[0][0][2 * s], pairs[0][1][2 * s], pairs[0][0][2 * s + 1], pairs[0][1][2 * s + 1],
+                  of_first[2 * s], of_first[2 * s + 1]);
+      tensor_step(second, pairs[1][0][2 * s], pairs[1][1][2 * s], pairs[1][0][2 * s + 1], pairs[1][1][2 * s + 1],
+                  of_second[2 * s], of_second[2 * s + 1]);
     }
   }
 
@@ -304,6 +383,60 @@ class DraftWarp {
         values = ring.wait();
       }
       add_plane4(values, kLowExponent, scaled);
+    }
+    ring.release();
+  }
+
+  template <typename Reader>
+  __device__ void add_chunks(Ring& ring, const uint32_t (&weights)[8]) {
+    const std::byte* values = ring.wait();
+    uint32_t scaled[8];
+    if constexpr (Reader::kByToken) {
+      constexpr bool kInt8 = Reader::kCode == KvCode::int8;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint32_t scale[4];
+        token_scales<kInt8>(values, 32 * half + 8 * c_, scale);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          scaled[4 * half + i] = multiply_pairs(weights[4 * half + i], scale[i]);
+        }
+      }
+      add_pieces<Reader>(ring, values + (kInt8 ? 2 : 1) * kPageTokens, scaled);
+    } else {
+      const Middle middle = chunk_middle<Reader::kCodeBits>();
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const std::byte* affine = values + (32 * half + 8 * c_) * 2;
+        uint32_t scale[4];
+        uint32_t minimum[4];
+        read16(affine, scale);
+        read16(affine + kPageTokens * 2, minimum);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          scaled[4 * half + i] = multiply_pairs(weights[4 * half + i], scale[i]);
+        }
+        correct<false>(middle, scale, minimum, scaled + 4 * half, weights + 4 * half, by_middle_, by_affine_);
+      }
+      add_pieces<Reader>(ring, values + kPageTokens * 4, scaled);
+    }
+  }
+
+  template <typename Reader>
+  __device__ void add_pieces(Ring& ring, const std::byte* chunks, const uint32_t (&scaled)[8]) {
+    constexpr int kOfPiece = piece_chunks(Reader::kCodeBits, kHeadDim);
+#pragma unroll
+    for (int chunk = 0; chunk < kHeadDim / 32; ++chunk) {
+      if (chunk > 0 && chunk % kOfPiece == 0) {
+        ring.release();
+        chunks = ring.wait();
+      }
+      const Reader reader(chunks + chunk % kOfPiece * chunk_bytes(Reader::kCodeBits), lane_);
+      uint32_t pairs[2][2][4];
+      reader.template tiles<0>(pairs);
+      step_tiles(out_[2 * chunk], out_[2 * chunk], pairs, scaled, scaled + 4);
+      reader.template tiles<1>(pairs);
+      step_tiles(out_[2 * chunk + 1], out_[2 * chunk + 1], pairs, scaled, scaled + 4);
     }
     ring.release();
   }

@@ -6,9 +6,9 @@
 
 namespace vericache::cuda {
 
-// A packed K or V part of a head page is its scales (bf16, one per channel of K or token of V), its minima (the same),
-// then its codes in planes. 4 bits: one plane. 8 bits: two planes of 4 bits, the high halves of the codes first. 2
-// bits: one plane of its own kind.
+// An affine K or V part of 2, 4 or 8 bits of a head page is its scales (bf16, one per channel of K or token of V), its
+// minima (the same), then its codes in planes. 4 bits: one plane. 8 bits: two planes of 4 bits, the high halves of the
+// codes first. 2 bits: one plane of its own kind.
 //
 // A plane is made of rows of 512 bytes: 32 lanes of a warp, 4 words of 32 bits each. A word holds pairs of codes, each
 // pair as the low bits of the word's two halves, one pair `bits` above the other: (word >> 4 i) & 0x000f000f is pair i,
@@ -50,32 +50,43 @@ VERICACHE_BOTH constexpr CodePlace value_place(int token, int dim, int plane_bit
   return {(dim / 32 * 32 + lane) * 4 + dim / 16 % 2 * 2 + token / 32, pair_shift(token % 8, 2, h)};
 }
 
-// K or V of a head page as it is read: pieces of equal size one after the other, before the first its scales and
-// minima. A packed piece is a plane; a bf16 piece at most 4 KiB of K (32 dims of the 64 tokens) or V (some dims of 32
-// tokens).
+// K or V of a head page as it is read: pieces of equal size one after the other, before the first what its codes are
+// read with. A packed piece is a plane, or some chunks (chunk_layout.h); a bf16 piece at most 4 KiB of K (32 dims of
+// the 64 tokens) or V (some dims of 32 tokens).
 struct Pieces {
   int count = 0;
-  int bytes = 0;         // of one piece
-  int affine_bytes = 0;  // of scales and minima
+  int bytes = 0;        // of one piece
+  int group_bytes = 0;  // before the first
 };
 
 VERICACHE_BOTH constexpr int plane_bytes(int bits, int head_dim) {
   return kPageTokens * head_dim / (bits == 2 ? 4 : 2);
 }
-VERICACHE_BOTH constexpr Pieces key_pieces(int bits, int head_dim) {
-  return bits == 16 ? Pieces{head_dim / 32, kPageTokens * 32 * 2, 0}
-                    : Pieces{bits == 8 ? 2 : 1, plane_bytes(bits, head_dim), head_dim * 4};
+// Chunks of 32 dims that one piece holds: two where that gives whole pieces of at most 4 KiB.
+VERICACHE_BOTH constexpr int piece_chunks(int bits, int head_dim) {
+  return head_dim % 64 == 0 && bits <= 8 ? 2 : 1;
+}
+// Of a packed part that has `groups` affine groups.
+VERICACHE_BOTH constexpr Pieces packed_pieces(const KvPart& part, int head_dim, int groups) {
+  if (part.by_token() || part.bits == 3 || part.bits == 6) {
+    const int chunks = piece_chunks(part.bits, head_dim);
+    return {head_dim / 32 / chunks, chunks * 256 * part.bits, group_bytes(part, groups)};
+  }
+  return {part.bits == 8 ? 2 : 1, plane_bytes(part.bits, head_dim), group_bytes(part, groups)};
+}
+VERICACHE_BOTH constexpr Pieces key_pieces(const KvPart& part, int head_dim) {
+  return part.exact() ? Pieces{head_dim / 32, kPageTokens * 32 * 2, 0} : packed_pieces(part, head_dim, head_dim);
 }
 // Dims of a bf16 piece of V.
 VERICACHE_BOTH constexpr int value_piece_dims(int head_dim) {
   return head_dim <= 64 ? head_dim : head_dim / 2;
 }
-VERICACHE_BOTH constexpr Pieces value_pieces(int bits, int head_dim) {
-  return bits == 16 ? Pieces{2 * head_dim / value_piece_dims(head_dim), value_piece_dims(head_dim) * 32 * 2, 0}
-                    : Pieces{bits == 8 ? 2 : 1, plane_bytes(bits, head_dim), kPageTokens * 4};
+VERICACHE_BOTH constexpr Pieces value_pieces(const KvPart& part, int head_dim) {
+  return part.exact() ? Pieces{2 * head_dim / value_piece_dims(head_dim), value_piece_dims(head_dim) * 32 * 2, 0}
+                      : packed_pieces(part, head_dim, kPageTokens);
 }
 VERICACHE_BOTH constexpr int bytes_of(const Pieces& pieces) {
-  return pieces.count * pieces.bytes + pieces.affine_bytes;
+  return pieces.count * pieces.bytes + pieces.group_bytes;
 }
 
 }  // namespace vericache::cuda

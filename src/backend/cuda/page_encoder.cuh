@@ -13,7 +13,7 @@ struct SharedPage {
   uint4 keys[kHeadDim / 32][kPageTokens][4];        // (32 dims, token, 8 dims each)
   uint4 values[2][kHeadDim][4];                     // (32 tokens, dim, 8 tokens each)
   float2 key_codes[kHeadDim];                       // minimum, 1 / scale
-  float2 value_codes[kPageTokens];                  // the same
+  float2 value_codes[kPageTokens];                  // the same; or what codes by token are made from
   float2 value_ranges[kHeadDim / 32][kPageTokens];  // of the dims of a warp
 };
 
@@ -224,29 +224,6 @@ __device__ void copy_part(const uint4* source, uint4* target) {
   for (int i = 0; i < 8; ++i) {
     target[i * kHeadDim + static_cast<int>(threadIdx.x)] = source[i * kHeadDim + static_cast<int>(threadIdx.x)];
   }
-}
-
-// The page in shared memory, of which every thread of the block has written its share, in `format` to out.
-template <int kHeadDim>
-__device__ void encode_page(SharedPage<kHeadDim>& page, int held, KvFormat format, std::byte* out) {
-  Encoder<kHeadDim> encoder{page, held};
-  std::byte* values = out + bytes_of(key_pieces(format.key_bits, kHeadDim));
-  __syncthreads();
-  if (format.key_bits == 16) {
-    copy_part<kHeadDim>(&page.keys[0][0][0], reinterpret_cast<uint4*>(out));
-  } else {
-    encoder.fit_keys(format.key_bits, out);
-    encoder.encode_keys(format.key_bits, out + kHeadDim * 4);
-  }
-  if (format.value_bits == 16) {
-    copy_part<kHeadDim>(&page.values[0][0][0], reinterpret_cast<uint4*>(values));
-    return;
-  }
-  encoder.measure_values();
-  __syncthreads();
-  encoder.fit_values(format.value_bits, values);
-  __syncthreads();
-  encoder.encode_values(format.value_bits, values + kPageTokens * 4);
 }
 
 }  // namespace vericache::cuda

@@ -82,8 +82,8 @@ class PageRing {
     if (copied_ < count_) {
       const bool of_keys = piece_ < walk_.keys.count;
       const bool first = piece_ == 0 || piece_ == walk_.keys.count;
-      const int affine = of_keys ? walk_.keys.affine_bytes : walk_.values.affine_bytes;
-      const int bytes = (of_keys ? walk_.keys.bytes : walk_.values.bytes) + (first ? affine : 0);
+      const int groups = of_keys ? walk_.keys.group_bytes : walk_.values.group_bytes;
+      const int bytes = (of_keys ? walk_.keys.bytes : walk_.values.bytes) + (first ? groups : 0);
       copy(stage, bytes);
       source_ += bytes;
       if (++piece_ == walk_.keys.count + walk_.values.count) {

@@ -1,10 +1,10 @@
-// Affine codes of 2, 4 and 8 bits for head pages, and the gathering of chosen tokens into pages.
-// A block takes one head page through shared memory (page_encoder.cuh).
+// Head pages in the formats of resident KV, and the gathering of chosen tokens into pages.
+// A block takes one head page through shared memory (page_encoder.cuh, chunk_encoder.cuh).
 #include <cuda_runtime.h>
 
+#include "backend/cuda/chunk_encoder.cuh"
 #include "backend/cuda/head_dim.h"
 #include "backend/cuda/ops.h"
-#include "backend/cuda/page_encoder.cuh"
 #include "base/check.h"
 
 namespace vericache::cuda {
@@ -86,36 +86,45 @@ __global__ void __launch_bounds__(kHeadDim) gather_kernel(GatherArgs args) {
   encode_page(page, held, args.out.format, out_page(args.out, head, static_cast<int>(blockIdx.x)));
 }
 
-// 8 bf16 values from the codes of a group, `apart` bits from one to the next, and their scales and minima.
-__device__ inline uint32_t decode(uint32_t code, uint16_t scale, uint16_t minimum) {
-  const float value = fmaf(static_cast<float>(code), first_of_pair(scale), first_of_pair(minimum));
+__device__ inline uint32_t round_to_bf16(float value) {
   const uint32_t bits = __float_as_uint(value);
   return (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
 }
 
+// The bf16 that a code stands for; part: where the packed part begins. affine: the group of `affine_groups`.
+__device__ inline uint32_t decode(uint32_t code, const std::byte* part, const KvPart& format, int token, int affine,
+                                  int affine_groups) {
+  switch (format.code) {
+    case KvCode::affine: {
+      const AffineBits group = affine_of(part, affine, affine_groups);
+      return round_to_bf16(fmaf(static_cast<float>(code), first_of_pair(group.scale), first_of_pair(group.minimum)));
+    }
+    case KvCode::int8:
+      return round_to_bf16(static_cast<float>(int8_of(code)) *
+                           first_of_pair(reinterpret_cast<const uint16_t*>(part)[token]));
+    default:
+      return plane_value(code, format, base_of(part, token));
+  }
+}
+
 // Grid of one block: thread i of every round writes 8 bf16 of one token (K) or dim (V).
 template <int kHeadDim, bool kKeys>
-__device__ void dequantize_part(const std::byte* source, int bits, std::byte* out) {
-  constexpr int kAffine = kKeys ? kHeadDim : kPageTokens;
-  const auto* scales = reinterpret_cast<const uint16_t*>(source);
-  const auto* planes = reinterpret_cast<const uint32_t*>(source + kAffine * 4);
-  const int plane_bits = bits == 2 ? 2 : 4;
+__device__ void dequantize_part(const std::byte* source, const KvPart& format, std::byte* out) {
   for (int i = static_cast<int>(threadIdx.x); i < kPageTokens * kHeadDim / 8; i += kHeadDim) {
-    const int chunk = i % 4;
+    // As the bf16 page lies: (32 dims, token, 32) or (32 tokens, dim, 32).
+    const int first = 8 * (i % 4);
+    const int token = kKeys ? i / 4 % kPageTokens : i / 4 / kHeadDim * 32 + first;
+    const int dim = kKeys ? i / 4 / kPageTokens * 32 + first : i / 4 % kHeadDim;
     uint32_t values[8];
+    if (kKeys) {
+      key_codes(source, format, kHeadDim, token, dim, values);
+    } else {
+      value_codes(source, format, kHeadDim, token, dim, values);
+    }
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
-      // As the bf16 page lies: (32 dims, token, 32) or (32 tokens, dim, 32).
-      const int inner = 8 * chunk + e;
-      const int token = kKeys ? i / 4 % kPageTokens : i / 4 / kHeadDim * 32 + inner;
-      const int dim = kKeys ? i / 4 / kPageTokens * 32 + inner : i / 4 % kHeadDim;
-      const CodePlace place = kKeys ? key_place(token, dim, plane_bits) : value_place(token, dim, plane_bits);
-      uint32_t code = planes[place.word] >> place.shift & ((1u << plane_bits) - 1);
-      if (bits == 8) {
-        code = code << 4 | (planes[plane_bytes(4, kHeadDim) / 4 + place.word] >> place.shift & 15u);
-      }
-      const int affine = kKeys ? dim : token;
-      values[e] = decode(code, scales[affine], scales[kAffine + affine]);
+      values[e] = kKeys ? decode(values[e], source, format, token, dim + e, kHeadDim)
+                        : decode(values[e], source, format, token + e, token + e, kPageTokens);
     }
     reinterpret_cast<uint4*>(out)[i] = make_uint4(values[0] | values[1] << 16, values[2] | values[3] << 16,
                                                   values[4] | values[5] << 16, values[6] | values[7] << 16);
@@ -126,17 +135,22 @@ template <int kHeadDim>
 __global__ void __launch_bounds__(kHeadDim)
     dequantize_head_page_kernel(const std::byte* source, KvFormat format, std::byte* out) {
   constexpr int kPart = kPageTokens * kHeadDim / 8;
-  const std::byte* values = source + bytes_of(key_pieces(format.key_bits, kHeadDim));
+  const std::byte* values = source + bytes_of(key_pieces(format.key(), kHeadDim));
   if (format.key_bits == 16) {
     copy_part<kHeadDim>(reinterpret_cast<const uint4*>(source), reinterpret_cast<uint4*>(out));
   } else {
-    dequantize_part<kHeadDim, true>(source, format.key_bits, out);
+    dequantize_part<kHeadDim, true>(source, format.key(), out);
   }
   out += kPart * 16;
   if (format.value_bits == 16) {
     copy_part<kHeadDim>(reinterpret_cast<const uint4*>(values), reinterpret_cast<uint4*>(out));
   } else {
-    dequantize_part<kHeadDim, false>(values, format.value_bits, out);
+    dequantize_part<kHeadDim, false>(values, format.value(), out);
+  }
+  if (format.rotated) {
+    __syncthreads();
+    auto* keys = reinterpret_cast<uint16_t*>(out) - kPart * 8;
+    rotate_page<kHeadDim>(keys, keys + kPart * 8);
   }
 }
 

@@ -6,13 +6,14 @@
 
 namespace vericache::cuda {
 
-// A field in a word, for tables: top and sign in the low half, above it the bits, and whether the sign is one of them.
+// A field in a word, for tables: top and sign in the low half, its bits in the third byte, in the fourth whether the
+// sign is one of them.
 __device__ inline uint32_t pack_field(const ResidualField& field) {
   return field.top | (field.negative ? 0x8000u : 0) | static_cast<uint32_t>(field.bits()) << 16 |
-         (field.either_sign ? 1u << 20 : 0);
+         (field.either_sign ? 1u << 24 : 0);
 }
 __device__ inline int packed_bits(uint32_t field) {
-  return static_cast<int>(field >> 16 & 15u);
+  return static_cast<int>(__byte_perm(field, 0, 0x4442));
 }
 
 __device__ inline uint32_t low_ones(int count) {
@@ -74,7 +75,7 @@ __device__ inline uint4 read_coded(const BlockReader& block, uint32_t begin, con
     int at = 0;
 #pragma unroll
     for (int i = 4 * half; i < 4 * half + 4; ++i) {
-      const uint32_t either = fields[i] >> 20;
+      const uint32_t either = fields[i] >> 24;
       const uint32_t coded = __funnelshift_r(low, high, static_cast<uint32_t>(at)) & low_ones(packed_bits(fields[i]));
       below[i] = coded >> either;
       // What the subtraction borrows stands above the value's 16 bits.

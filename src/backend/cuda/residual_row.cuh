@@ -3,7 +3,7 @@
 // Device code; all lanes of a warp call together.
 #pragma once
 
-#include "backend/cuda/packed_layout.h"
+#include "backend/cuda/chunk_layout.h"
 #include "backend/cuda/warp_ops.cuh"
 #include "backend/residual_code.h"
 
@@ -13,12 +13,19 @@ constexpr int kRowHalves = kRowValues;
 
 // The sum of what the lanes below this one hold; `total` that of all.
 __device__ inline int sum_below(int value, int& total) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
   int sum = value;
 #pragma unroll
   for (int apart = 1; apart < 32; apart *= 2) {
-    const int other = __shfl_up_sync(kAllLanes, sum, apart);
-    sum += lane >= apart ? other : 0;
+    // The predicate says whether there is a lane so far below.
+    asm volatile(
+        "{\n"
+        ".reg .pred there;\n"
+        ".reg .s32 other;\n"
+        "shfl.sync.up.b32 other|there, %0, %1, 0, 0xffffffff;\n"
+        "@there add.s32 %0, %0, other;\n"
+        "}\n"
+        : "+r"(sum)
+        : "r"(apart));
   }
   total = __shfl_sync(kAllLanes, sum, 31);
   return sum - value;
@@ -32,58 +39,79 @@ __device__ inline void unpack_values(const uint4& packed, uint32_t (&values)[kLa
   }
 }
 
-// The K (kKeys) or V part of a packed head page, with codes of kBits.
-template <int kHeadDim, bool kKeys, int kBits>
-struct PackedPart {
-  static constexpr int kGroups = kKeys ? kHeadDim : kPageTokens;  // that share a scale and a minimum
-  static constexpr int kBitsOfCodes = kBits;
-  static constexpr int kPlaneBits = kBits == 2 ? 2 : 4;
+// A part whose bits and code the compiler knows.
+template <int kBits, KvCode kCode = KvCode::affine>
+struct FixedPart {
+  VERICACHE_BOTH constexpr operator KvPart() const { return KvPart(kBits, kCode); }
+};
+template <typename Format>
+constexpr bool kTabulated = false;  // few enough codes that the fields of all of them are made first
+template <int kBits>
+constexpr bool kTabulated<FixedPart<kBits, KvCode::affine>> = kBits <= 4;
 
-  // The group of a lane's first value: in a row of K 8 dims of one token, of V 8 tokens of one dim (layout.h).
-  __device__ static int first_group(int row, int lane) {
-    return row / (kKeys ? 8 : kHeadDim / 8) * 32 + 8 * (lane % 4);
+// The K (kKeys) or V part of a packed head page, and the codes of a lane's values in it: of a row of K 8 dims of one
+// token, of V 8 tokens of one dim (layout.h). Format: FixedPart, or KvPart for those that are rarely met.
+template <int kHeadDim, bool kKeys, typename Format>
+struct PackedPart {
+  static constexpr int kAffineGroups = kKeys ? kHeadDim : kPageTokens;
+  Format format;
+
+  // What the lane's values have in common: of K the token and their first dim, of V the first token and their dim.
+  __device__ static int token_of(int row, int lane) {
+    return kKeys ? row % 8 * 8 + lane / 4 : row / (kHeadDim / 8) * 32 + 8 * (lane % 4);
   }
-  __device__ static void read_codes(const std::byte* part, int row, int lane, uint32_t (&codes)[kLaneValues]) {
-    const auto* planes = reinterpret_cast<const uint32_t*>(part) + kGroups;
-    const int group = first_group(row, lane);
-    const CodePlace place = kKeys ? key_place(row % 8 * 8 + lane / 4, group, kPlaneBits)
-                                  : value_place(group, row % (kHeadDim / 8) * 8 + lane / 4, kPlaneBits);
-    constexpr uint32_t kMask = (1u << kPlaneBits) - 1;
-    const uint32_t first = planes[place.word] >> (kPlaneBits == 2 ? place.shift : 0);
-    const uint32_t second = kBits == 8 ? planes[plane_bytes(4, kHeadDim) / 4 + place.word] : 0;
-#pragma unroll
-    for (int i = 0; i < kLaneValues; ++i) {
-      codes[i] = first >> pair_shift(i, kPlaneBits, 0) & kMask;
-      if constexpr (kBits == 8) {
-        codes[i] = codes[i] << 4 | (second >> pair_shift(i, kPlaneBits, 0) & kMask);
-      }
+  __device__ static int dim_of(int row, int lane) {
+    return kKeys ? row / 8 * 32 + 8 * (lane % 4) : row % (kHeadDim / 8) * 8 + lane / 4;
+  }
+  __device__ static int first_affine_group(int row, int lane) {
+    return kKeys ? dim_of(row, lane) : token_of(row, lane);
+  }
+  __device__ void read_codes(const std::byte* part, int row, int lane, uint32_t (&codes)[kLaneValues]) const {
+    if constexpr (kKeys) {
+      key_codes(part, format, kHeadDim, token_of(row, lane), dim_of(row, lane), codes);
+    } else {
+      value_codes(part, format, kHeadDim, token_of(row, lane), dim_of(row, lane), codes);
     }
   }
-  __device__ static void read_fields(const std::byte* part, int row, int lane, ResidualField (&fields)[kLaneValues]) {
-    const int group = first_group(row, lane);
+  __device__ ResidualGroup affine_group(const std::byte* part, int group) const {
+    const AffineBits affine = affine_of(part, group, kAffineGroups);
+    return {affine.scale, affine.minimum};
+  }
+  __device__ void read_fields(const std::byte* part, int row, int lane, ResidualField (&fields)[kLaneValues]) const {
+    const KvPart own = format;
     uint32_t codes[kLaneValues];
-    uint32_t scales[kLaneValues];
-    uint32_t minima[kLaneValues];
     read_codes(part, row, lane, codes);
-    const auto* affine = reinterpret_cast<const uint16_t*>(part);
-    unpack_values(*reinterpret_cast<const uint4*>(affine + group), scales);
-    unpack_values(*reinterpret_cast<const uint4*>(affine + kGroups + group), minima);
 #pragma unroll
     for (int i = 0; i < kLaneValues; ++i) {
-      fields[i] = affine_field(codes[i], __uint_as_float(scales[i] << 16), __uint_as_float(minima[i] << 16));
+      const int token = token_of(row, lane) + (kKeys ? 0 : i);
+      ResidualGroup group;
+      if (!own.by_token()) {
+        group = affine_group(part, first_affine_group(row, lane) + i);
+      } else if (own.code == KvCode::int8) {
+        group = {reinterpret_cast<const uint16_t*>(part)[token], 0};
+      } else {
+        group = {base_of(part, token), 0};
+      }
+      fields[i] = residual_field(own, codes[i], group);
     }
   }
 };
 
-// run(PackedPart) of the bits that a part has; not for 16.
+// run(PackedPart) of the format that a part has; not for one that is exact.
 template <int kHeadDim, bool kKeys, typename Run>
-__device__ inline void with_part(int bits, const Run& run) {
-  if (bits == 2) {
-    run(PackedPart<kHeadDim, kKeys, 2>());
-  } else if (bits == 4) {
-    run(PackedPart<kHeadDim, kKeys, 4>());
+__device__ inline void with_part(const KvPart& part, const Run& run) {
+  if (part.code == KvCode::affine && part.bits == 2) {
+    run(PackedPart<kHeadDim, kKeys, FixedPart<2>>());
+  } else if (part.code == KvCode::affine && part.bits == 3) {
+    run(PackedPart<kHeadDim, kKeys, FixedPart<3>>());
+  } else if (part.code == KvCode::affine && part.bits == 4) {
+    run(PackedPart<kHeadDim, kKeys, FixedPart<4>>());
+  } else if (part.code == KvCode::affine && part.bits == 8) {
+    run(PackedPart<kHeadDim, kKeys, FixedPart<8>>());
+  } else if (part.code == KvCode::plane && part.bits == 8) {
+    run(PackedPart<kHeadDim, kKeys, FixedPart<8, KvCode::plane>>());
   } else {
-    run(PackedPart<kHeadDim, kKeys, 8>());
+    run(PackedPart<kHeadDim, kKeys, KvPart>{part});
   }
 }
 

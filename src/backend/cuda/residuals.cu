@@ -22,11 +22,11 @@ struct BlockShape {
 
 __device__ inline const std::byte* resident_part(const KvView& resident, int head, int page, bool keys, int head_dim) {
   const std::byte* packed = resident.head_pages[static_cast<ptrdiff_t>(head) * resident.page_stride + page];
-  return keys ? packed : packed + bytes_of(key_pieces(resident.format.key_bits, head_dim));
+  return keys ? packed : packed + bytes_of(key_pieces(resident.format.key(), head_dim));
 }
 
 // What a block has in shared memory: the encoded block, and where that is joined with a packed head page, this and a
-// table of the fields of its codes. Codes of 8 bits are too many for a table.
+// table of the fields of its codes where they are few.
 template <int kHeadDim>
 struct DecodeMemory {
   static constexpr int kTableStride = 17;  // words of a group: groups begin in different banks
@@ -35,24 +35,24 @@ struct DecodeMemory {
   static constexpr size_t kBehind = 2 * kResidualUnit;  // read by windows that begin in the block
   static constexpr size_t kPackedAt = kBlockBytes + kBehind;
 
-  __host__ __device__ static constexpr size_t key_bytes(int bits) {
-    return bits == 16 ? 0 : static_cast<size_t>(bytes_of(key_pieces(bits, kHeadDim)));
+  // Exact parts are not brought here.
+  __host__ __device__ static constexpr size_t key_bytes(const KvPart& part) {
+    return part.exact() ? 0 : key_page_bytes(part, {0, 0, kHeadDim});
   }
-  __host__ __device__ static constexpr size_t value_bytes(int bits) {
-    return bits == 16 ? 0 : static_cast<size_t>(bytes_of(value_pieces(bits, kHeadDim)));
+  __host__ __device__ static constexpr size_t value_bytes(const KvPart& part) {
+    return part.exact() ? 0 : value_page_bytes(part, {0, 0, kHeadDim});
   }
-  __host__ __device__ static constexpr size_t table_bytes(int bits, int groups) {
-    return bits <= 4 ? sizeof(uint32_t) * static_cast<size_t>(groups) * kTableStride : 0;
+  __host__ __device__ static constexpr size_t table_bytes(const KvPart& part, int groups) {
+    return !part.by_token() && part.bits <= 4 ? sizeof(uint32_t) * static_cast<size_t>(groups * kTableStride) : 0;
   }
   static constexpr size_t bytes(bool lossless, const KvFormat& format) {
-    return kPackedAt + (lossless
-                            ? 0
-                            : key_bytes(format.key_bits) + value_bytes(format.value_bits) +
-                                  table_bytes(format.key_bits, kHeadDim) + table_bytes(format.value_bits, kPageTokens));
+    return kPackedAt + (lossless ? 0
+                                 : key_bytes(format.key()) + value_bytes(format.value()) +
+                                       table_bytes(format.key(), kHeadDim) + table_bytes(format.value(), kPageTokens));
   }
-  // 16-bit parts are not brought here.
-  static constexpr size_t kMostBytes =
-      kPackedAt + key_bytes(8) + value_bytes(8) + table_bytes(4, kHeadDim) + table_bytes(4, kPageTokens);
+  // 8-bit keys with 4-bit values, the other way round and all others.
+  static constexpr size_t kMostBytes = kPackedAt + key_bytes(KvPart(9)) + value_bytes(KvPart(9)) +
+                                       table_bytes(KvPart(4), kHeadDim) + table_bytes(KvPart(4), kPageTokens);
 };
 
 // All threads of the block; waited for by copies_wait.
@@ -63,38 +63,36 @@ __device__ inline void copy_to_shared(std::byte* target, const std::byte* source
 }
 
 // The fields of all groups and codes of a part. All threads of the block.
-template <typename Part, int kBits, int kStride>
-__device__ void make_table(const std::byte* part, uint32_t* table) {
-  const auto* affine = reinterpret_cast<const uint16_t*>(part);
-  constexpr int kCodes = 1 << kBits;
+template <int kStride, int kGroups, typename Part>
+__device__ void make_table(const Part& own, const std::byte* part, uint32_t* table) {
+  constexpr KvPart kFormat = decltype(own.format)();
+  constexpr int kCodes = 1 << kFormat.bits;
   const auto code = threadIdx.x % kCodes;
-  for (int group = static_cast<int>(threadIdx.x / kCodes); group < Part::kGroups; group += kThreads / kCodes) {
-    const float scale = __uint_as_float(uint32_t{affine[group]} << 16);
-    const float minimum = __uint_as_float(uint32_t{affine[Part::kGroups + group]} << 16);
-    table[group * kStride + static_cast<int>(code)] = pack_field(affine_field(code, scale, minimum));
+  for (int group = static_cast<int>(threadIdx.x / kCodes); group < kGroups; group += kThreads / kCodes) {
+    table[group * kStride + static_cast<int>(code)] =
+        pack_field(residual_field(kFormat, code, own.affine_group(part, group)));
   }
 }
 
 // The rows of K or V.
 template <int kHeadDim, bool kKeys>
-__device__ void decode_part(const BlockReader& block, int bits, const std::byte* packed, const std::byte* resident,
-                            uint32_t* table, uint4* out) {
+__device__ void decode_part(const BlockReader& block, const KvPart& format, const std::byte* packed,
+                            const std::byte* resident, uint32_t* table, uint4* out) {
   constexpr int kRows = BlockShape<kHeadDim>::kKeyRows;  // as many of V
   constexpr int kFirst = kKeys ? 0 : kRows;
   constexpr int kStride = DecodeMemory<kHeadDim>::kTableStride;
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  if (bits == 16) {
+  if (format.exact()) {
     for (int row = warp; row < kRows; row += kWarps) {
       out[(kFirst + row) * 32 + lane] = reinterpret_cast<const uint4*>(resident)[row * 32 + lane];
     }
     return;
   }
-  with_part<kHeadDim, kKeys>(bits, [&](auto own) {
-    using Part = decltype(own);
-    constexpr int kBits = Part::kBitsOfCodes;
-    if constexpr (kBits <= 4) {
-      make_table<Part, kBits, kStride>(packed, table);
+  with_part<kHeadDim, kKeys>(format, [&](const auto& own) {
+    constexpr bool kTable = kTabulated<std::decay_t<decltype(own.format)>>;
+    if constexpr (kTable) {
+      make_table<kStride, kKeys ? kHeadDim : kPageTokens>(own, packed, table);
       __syncthreads();
     }
     for (int row = warp; row < kRows; row += kWarps) {
@@ -106,17 +104,17 @@ __device__ void decode_part(const BlockReader& block, int bits, const std::byte*
         continue;
       }
       uint32_t fields[kLaneValues];
-      if constexpr (kBits <= 4) {
+      if constexpr (kTable) {
         uint32_t codes[kLaneValues];
-        Part::read_codes(packed, row, lane, codes);
-        const uint32_t* groups = table + Part::first_group(row, lane) * kStride;
+        own.read_codes(packed, row, lane, codes);
+        const uint32_t* groups = table + own.first_affine_group(row, lane) * kStride;
 #pragma unroll
         for (int i = 0; i < kLaneValues; ++i) {
           fields[i] = (groups + codes[i])[i * kStride];
         }
       } else {
         ResidualField open[kLaneValues];
-        Part::read_fields(packed, row, lane, open);
+        own.read_fields(packed, row, lane, open);
 #pragma unroll
         for (int i = 0; i < kLaneValues; ++i) {
           fields[i] = pack_field(open[i]);
@@ -139,12 +137,12 @@ __global__ void __launch_bounds__(kThreads, 4) decode_kernel(DecodeArgs args) {
   const std::byte* keys = nullptr;
   const std::byte* values = nullptr;
   std::byte* const packed_keys = coded + Memory::kPackedAt;
-  std::byte* const packed_values = packed_keys + Memory::key_bytes(format.key_bits);
+  std::byte* const packed_values = packed_keys + Memory::key_bytes(format.key());
   if constexpr (!kLossless) {
     keys = resident_part(args.resident, head, page, true, kHeadDim);
     values = resident_part(args.resident, head, page, false, kHeadDim);
-    copy_to_shared(packed_keys, keys, Memory::key_bytes(format.key_bits));
-    copy_to_shared(packed_values, values, Memory::value_bytes(format.value_bits));
+    copy_to_shared(packed_keys, keys, Memory::key_bytes(format.key()));
+    copy_to_shared(packed_values, values, Memory::value_bytes(format.value()));
   }
   const uint32_t page_begin = page == 0 ? 0 : args.ends[page - 1];
   const uint32_t units = args.ends[page] - page_begin;
@@ -170,10 +168,10 @@ __global__ void __launch_bounds__(kThreads, 4) decode_kernel(DecodeArgs args) {
       out[row * 32 + lane] = raw ? read_raw(block, row_begin, lane) : read_lossless(block, row_begin, lane);
     }
   } else {
-    auto* const table = reinterpret_cast<uint32_t*>(packed_values + Memory::value_bytes(format.value_bits));
-    decode_part<kHeadDim, true>(block, format.key_bits, packed_keys, keys, table, out);
-    decode_part<kHeadDim, false>(block, format.value_bits, packed_values, values,
-                                 table + Memory::table_bytes(format.key_bits, kHeadDim) / sizeof(uint32_t), out);
+    auto* const table = reinterpret_cast<uint32_t*>(packed_values + Memory::value_bytes(format.value()));
+    decode_part<kHeadDim, true>(block, format.key(), packed_keys, keys, table, out);
+    decode_part<kHeadDim, false>(block, format.value(), packed_values, values,
+                                 table + Memory::table_bytes(format.key(), kHeadDim) / sizeof(uint32_t), out);
   }
 }
 
@@ -201,18 +199,18 @@ __device__ uint32_t make_row(const EncodeCall& call, int row, uint32_t (&values)
     return base;
   } else {
     const bool keys = row < BlockShape<kHeadDim>::kKeyRows;
-    const int bits = keys ? call.resident.format.key_bits : call.resident.format.value_bits;
-    if (bits == 16) {
+    const KvPart format = keys ? call.resident.format.key() : call.resident.format.value();
+    if (format.exact()) {
       made.halves = 0;
       return 0;
     }
     ResidualField fields[kLaneValues];
     const std::byte* part = resident_part(call.resident, head, call.first + page, keys, kHeadDim);
     if (keys) {
-      with_part<kHeadDim, true>(bits, [&](auto own) { own.read_fields(part, row, lane, fields); });
+      with_part<kHeadDim, true>(format, [&](const auto& own) { own.read_fields(part, row, lane, fields); });
     } else {
       with_part<kHeadDim, false>(
-          bits, [&](auto own) { own.read_fields(part, row - BlockShape<kHeadDim>::kKeyRows, lane, fields); });
+          format, [&](const auto& own) { own.read_fields(part, row - BlockShape<kHeadDim>::kKeyRows, lane, fields); });
     }
     code_row(values, fields, made);
     return 0;

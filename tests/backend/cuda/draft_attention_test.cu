@@ -6,11 +6,12 @@
 #include <numeric>
 
 #include "backend/cuda/packed_fixture.h"
+#include "backend/rotation.h"
 
 namespace vericache::test {
 namespace {
 
-constexpr int kBits[] = {2, 4, 8, 16};
+constexpr int kBits[] = {2, 3, 4, 6, 8, 16};
 
 size_t at(int row, int columns, int column = 0) {
   return static_cast<size_t>(row) * static_cast<size_t>(columns) + static_cast<size_t>(column);
@@ -22,10 +23,17 @@ struct HeadValues {
   std::vector<double> v;
   void add(const std::byte* page, const KvFormat& format, int head_dim, int tokens) {
     for (int t = 0; t < tokens; ++t) {
+      std::vector<float> rows[2];
       for (int d = 0; d < head_dim; ++d) {
-        k.push_back(key_of(page, format.key_bits, head_dim, t, d));
-        v.push_back(value_of(page, format, head_dim, t, d));
+        rows[0].push_back(static_cast<float>(key_of(page, format, head_dim, t, d)));
+        rows[1].push_back(static_cast<float>(value_of(page, format, head_dim, t, d)));
       }
+      if (format.rotated) {
+        rotate(rows[0].data(), head_dim);
+        rotate(rows[1].data(), head_dim);
+      }
+      k.insert(k.end(), rows[0].begin(), rows[0].end());
+      v.insert(v.end(), rows[1].begin(), rows[1].end());
     }
   }
 };
@@ -250,6 +258,37 @@ TEST(CudaDraftAttention, EveryFormatAgainstFloat64) {
   }
 }
 
+TEST(CudaDraftAttention, FormatsByTokenAgainstFloat64) {
+  Random random(73);
+  const int groups[] = {1, 2, 4, 7, 12};
+  int turn = 0;
+  for (const int head_dim : {32, 64, 96, 128}) {
+    for (const KvFormat& format : kByToken) {
+      const int group = groups[turn++ % 5];
+      SCOPED_TRACE(testing::Message() << head_dim << " dims, " << format.key_bits << " and " << format.value_bits
+                                      << " bits, code " << static_cast<int>(format.code) << ", group " << group);
+      check_batch({1, random.between(1, 3), head_dim}, format, group, random.between(1, 3), random);
+      if (HasFatalFailure()) {
+        return;
+      }
+    }
+  }
+}
+
+TEST(CudaDraftAttention, RotatedFormatsAgainstFloat64) {
+  Random random(74);
+  for (const int head_dim : {32, 64, 96, 128}) {
+    for (const KvFormat& format : kRotated) {
+      SCOPED_TRACE(testing::Message() << head_dim << " dims, " << format.key_bits << " and " << format.value_bits
+                                      << " bits");
+      check_batch({1, random.between(1, 3), head_dim}, format, random.between(1, 9), random.between(1, 3), random);
+      if (HasFatalFailure()) {
+        return;
+      }
+    }
+  }
+}
+
 TEST(CudaDraftAttention, GroupsWiderThanATile) {
   Random random(71);
   for (const int group : {9, 12, 16}) {
@@ -262,9 +301,8 @@ TEST(CudaDraftAttention, GroupsWiderThanATile) {
 }
 
 // Many pages: the same few stand in every table again and again.
-void check_long(const KvShape& shape, int group, int count, int tokens, Random& random) {
+void check_long(const KvShape& shape, const KvFormat& format, int group, int count, int tokens, Random& random) {
   constexpr int kFew = 8 * kPageTokens;
-  const KvFormat format{4, 4};
   const int heads = group * shape.kv_heads;
   const float scale = 0.2f;
   std::vector<SequenceRows> rows;
@@ -311,8 +349,8 @@ void check_long(const KvShape& shape, int group, int count, int tokens, Random& 
 // More blocks than one wave takes; then more pages of a warp than it keeps addresses of.
 TEST(CudaDraftAttention, LongSequences) {
   Random random(72);
-  check_long({1, 2, 32}, 2, 8, 2000 * kPageTokens - 17, random);
-  check_long({1, 4, 32}, 1, 64, 900 * kPageTokens - 1, random);
+  check_long({1, 2, 32}, {4, 4}, 2, 8, 2000 * kPageTokens - 17, random);
+  check_long({1, 4, 32}, {8, 8, KvCode::plane}, 1, 64, 900 * kPageTokens - 1, random);
 }
 
 }  // namespace

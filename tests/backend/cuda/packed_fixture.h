@@ -7,6 +7,7 @@
 #include <cstring>
 #include <vector>
 
+#include "backend/cuda/chunk_layout.h"
 #include "backend/cuda/device_array.h"
 #include "backend/cuda/ops.h"
 #include "backend/cuda/packed_layout.h"
@@ -62,25 +63,61 @@ inline double affine_value(const std::byte* part, int bits, int planes_at, int c
   std::memcpy(&minimum, part + planes_at / 2 + affine * 2, sizeof(minimum));
   return double{to_float(minimum)} + static_cast<double>(code) * double{to_float(scale)};
 }
-inline double key_of(const std::byte* page, int bits, int head_dim, int token, int dim) {
-  if (bits == 16) {
+// The value of a code, unrounded but for planes and fp8, whose codes are bits; `group` of `groups`.
+inline double decoded(uint32_t code, const std::byte* part, const KvPart& format, int token, int group, int groups) {
+  if (format.code == KvCode::affine) {
+    const cuda::AffineBits affine = cuda::affine_of(part, group, groups);
+    return double{float_of_bits(affine.minimum << 16)} +
+           static_cast<double>(code) * double{float_of_bits(affine.scale << 16)};
+  }
+  if (format.code == KvCode::int8) {
+    bf16 scale;
+    std::memcpy(&scale, part + token * 2, sizeof(scale));
+    return static_cast<double>(int8_of(code)) * double{to_float(scale)};
+  }
+  return double{float_of_bits(plane_value(code, format, cuda::base_of(part, token)) << 16)};
+}
+inline double key_of(const std::byte* page, const KvFormat& format, int head_dim, int token, int dim) {
+  const KvPart part = format.key();
+  if (part.exact()) {
     bf16 value;
     std::memcpy(&value, page + cuda::key_index(token, dim) * 2, sizeof(value));
     return double{to_float(value)};
   }
-  return affine_value(page, bits, head_dim * 4, cuda::plane_bytes(bits, head_dim), dim,
-                      cuda::key_place(token, dim, bits == 2 ? 2 : 4));
+  if (!cuda::chunked(part)) {
+    return affine_value(page, part.bits, head_dim * 4, cuda::plane_bytes(part.bits, head_dim), dim,
+                        cuda::key_place(token, dim, part.bits == 2 ? 2 : 4));
+  }
+  uint32_t code[8];
+  cuda::key_codes(page, part, head_dim, token, dim / 8 * 8, code);
+  return decoded(code[dim % 8], page, part, token, dim, head_dim);
 }
 inline double value_of(const std::byte* page, const KvFormat& format, int head_dim, int token, int dim) {
-  const std::byte* part = page + cuda::bytes_of(cuda::key_pieces(format.key_bits, head_dim));
-  if (format.value_bits == 16) {
+  const std::byte* at = page + cuda::bytes_of(cuda::key_pieces(format.key(), head_dim));
+  const KvPart part = format.value();
+  if (part.exact()) {
     bf16 value;
-    std::memcpy(&value, part + cuda::value_index(token, dim, head_dim) * 2, sizeof(value));
+    std::memcpy(&value, at + cuda::value_index(token, dim, head_dim) * 2, sizeof(value));
     return double{to_float(value)};
   }
-  return affine_value(part, format.value_bits, kPageTokens * 4, cuda::plane_bytes(format.value_bits, head_dim), token,
-                      cuda::value_place(token, dim, format.value_bits == 2 ? 2 : 4));
+  if (!cuda::chunked(part)) {
+    return affine_value(at, part.bits, kPageTokens * 4, cuda::plane_bytes(part.bits, head_dim), token,
+                        cuda::value_place(token, dim, part.bits == 2 ? 2 : 4));
+  }
+  uint32_t code[8];
+  cuda::value_codes(at, part, head_dim, token / 8 * 8, dim, code);
+  return decoded(code[token % 8], at, part, token, token, kPageTokens);
 }
+
+// Formats whose codes are read with something of their own token.
+constexpr KvFormat kByToken[] = {{6, 6, KvCode::plane}, {7, 7, KvCode::plane},  {8, 8, KvCode::plane},
+                                 {9, 9, KvCode::plane}, {16, 8, KvCode::plane}, {6, 9, KvCode::plane},
+                                 {8, 8, KvCode::fp8},   {8, 8, KvCode::int8}};
+// Affine codes of rotated keys and values.
+constexpr KvFormat kRotated[] = {{4, 4, KvCode::affine, true},
+                                 {3, 3, KvCode::affine, true},
+                                 {16, 2, KvCode::affine, true},
+                                 {8, 6, KvCode::affine, true}};
 
 // Head pages (kv_heads, pages) of one format in device memory, in random order, with their table.
 class DevicePages {

@@ -2,6 +2,7 @@
 // says.
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <numeric>
 
 #include "backend/cuda/packed_fixture.h"
@@ -9,7 +10,7 @@
 namespace vericache::test {
 namespace {
 
-constexpr int kBits[] = {2, 4, 8, 16};
+constexpr int kBits[] = {2, 3, 4, 6, 8, 16};
 
 // Random tokens of one KV head, as both backends store them.
 struct Values {
@@ -78,8 +79,7 @@ class Oracle {
     const int head_dim = shape_.head_dim;
     for (int t = 0; t < kPageTokens; ++t) {
       for (int d = 0; d < head_dim; ++d) {
-        ASSERT_EQ(to_bf16(static_cast<float>(key_of(page, format.key_bits, head_dim, t, d))).bits,
-                  back_.key(0, t, d).bits)
+        ASSERT_EQ(to_bf16(static_cast<float>(key_of(page, format, head_dim, t, d))).bits, back_.key(0, t, d).bits)
             << "key of token " << t << ", channel " << d;
         ASSERT_EQ(to_bf16(static_cast<float>(value_of(page, format, head_dim, t, d))).bits, back_.value(0, t, d).bits)
             << "value of token " << t << ", dim " << d;
@@ -116,9 +116,28 @@ void check_head_page(const KvShape& shape, const KvFormat& format, int tokens, O
     ASSERT_EQ(stored[i], std::byte{0xff}) << "what lies behind the page is not touched";
   }
   oracle.run(values, range_of(0, kPageTokens), tokens, format);
-  oracle.expect_stored(stored.data(), format);
+  if (!format.rotated) {
+    oracle.expect_stored(stored.data(), format);
+  }
   page.bytes() = back.read();
   oracle.expect_equal(page);
+}
+
+TEST(CudaQuantize, ValuesByTokenAreThoseOfTheCpu) {
+  Random random(64);
+  for (const int head_dim : {32, 64, 96, 128}) {
+    const KvShape shape{1, 1, head_dim};
+    Oracle oracle(shape);
+    for (const KvFormat& format : kByToken) {
+      SCOPED_TRACE(testing::Message() << head_dim << " dims, " << format.key_bits << " and " << format.value_bits
+                                      << " bits, code " << static_cast<int>(format.code));
+      check_head_page(shape, format, kPageTokens, oracle, random);
+      check_head_page(shape, format, random.between(1, kPageTokens - 1), oracle, random);
+      if (HasFatalFailure()) {
+        return;
+      }
+    }
+  }
 }
 
 TEST(CudaQuantize, ValuesAreThoseOfTheCpu) {
@@ -174,10 +193,27 @@ bool untouched(const std::vector<std::byte>& page) {
   return std::all_of(page.begin(), page.end(), [](std::byte x) { return x == std::byte{0xff}; });
 }
 
+TEST(CudaQuantize, RotatedValuesAreThoseOfTheCpu) {
+  Random random(67);
+  for (const int head_dim : {32, 64, 96, 128}) {
+    const KvShape shape{1, 1, head_dim};
+    Oracle oracle(shape);
+    for (const KvFormat& format : kRotated) {
+      SCOPED_TRACE(testing::Message() << head_dim << " dims, " << format.key_bits << " bits");
+      check_head_page(shape, format, kPageTokens, oracle, random);
+      check_head_page(shape, format, random.between(1, kPageTokens - 1), oracle, random);
+      if (HasFatalFailure()) {
+        return;
+      }
+    }
+  }
+}
+
 TEST(CudaQuantize, PagesOfPastAndTail) {
   Random random(61);
   const int pages = 7;
-  for (const KvFormat format : {KvFormat{4, 4}, KvFormat{2, 8}, KvFormat{8, 16}, KvFormat{16, 2}}) {
+  for (const KvFormat format : {KvFormat{4, 4}, KvFormat{2, 8}, KvFormat{8, 16}, KvFormat{16, 2}, KvFormat{3, 6},
+                                KvFormat{8, 8, KvCode::plane}}) {
     const KvShape shape{1, 3, 64};
     const Full full(shape, pages, random.below(pages + 1), random);
     Oracle oracle(shape);
@@ -243,7 +279,8 @@ void check_gather(const KvShape& shape, const KvFormat& format, int count, Rando
 TEST(CudaQuantize, GatherKeepsTheChosen) {
   Random random(62);
   for (const int head_dim : {32, 64, 96, 128}) {
-    for (const KvFormat format : {KvFormat{}, KvFormat{4, 4}, KvFormat{2, 2}, KvFormat{8, 8}, KvFormat{16, 4}}) {
+    for (const KvFormat format : {KvFormat{}, KvFormat{4, 4}, KvFormat{2, 2}, KvFormat{8, 8}, KvFormat{16, 4},
+                                  KvFormat{6, 3}, KvFormat{7, 9, KvCode::plane}, KvFormat{8, 8, KvCode::int8}}) {
       for (const int count : {0, 64, random.between(1, 63), random.between(65, 6 * kPageTokens)}) {
         SCOPED_TRACE(testing::Message() << head_dim << " dims, " << format.key_bits << " and " << format.value_bits
                                         << " bits, " << count << " tokens");
@@ -270,6 +307,43 @@ TEST(CudaQuantize, ValuesThatAreNotFiniteDoNoHarm) {
     cuda::quantize_head_page(source.data(), kPageTokens, shape, {bits, bits}, packed.data(), nullptr);
     cuda::dequantize_head_page(packed.data(), shape, {bits, bits}, back.data(), nullptr);
     finish();
+  }
+}
+
+// Whatever is stored, codes by token are the CPU's and are read as something finite.
+TEST(CudaQuantize, HostileValuesByTokenAreReadAsTheCpuDoes) {
+  Random random(66);
+  for (const int head_dim : {32, 128}) {
+    const KvShape shape{1, 1, head_dim};
+    for (const KvFormat& format : kByToken) {
+      Values values(head_dim, kPageTokens, random);
+      for (auto* rows : {&values.k, &values.v}) {
+        for (std::vector<bf16>& row : *rows) {
+          for (bf16& x : row) {
+            x = random.below(3) == 0 ? bf16{static_cast<uint16_t>(random.below(65536))} : x;
+          }
+        }
+      }
+      HostPage page = values.device_page(0, kPageTokens);
+      const DeviceArray<std::byte> source(page.bytes());
+      const DeviceArray<std::byte> packed(head_page_bytes(format, shape));
+      const DeviceArray<std::byte> back(page.bytes().size());
+      cuda::quantize_head_page(source.data(), kPageTokens, shape, format, packed.data(), nullptr);
+      cuda::dequantize_head_page(packed.data(), shape, format, back.data(), nullptr);
+      finish();
+      Oracle oracle(shape);
+      std::vector<int> tokens(kPageTokens);
+      std::iota(tokens.begin(), tokens.end(), 0);
+      oracle.run(values, tokens, kPageTokens, format);
+      page.bytes() = back.read();
+      oracle.expect_equal(page);
+      for (int t = 0; t < kPageTokens; ++t) {
+        for (int d = 0; d < head_dim; ++d) {
+          ASSERT_TRUE(format.key().exact() || std::isfinite(to_float(page.key(t, d))));
+          ASSERT_TRUE(std::isfinite(to_float(page.value(t, d))));
+        }
+      }
+    }
   }
 }
 

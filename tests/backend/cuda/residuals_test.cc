@@ -4,43 +4,35 @@
 
 #include <cstdlib>
 
-#include "backend/cuda/packed_layout.h"
+#include "backend/cuda/chunk_layout.h"
 #include "backend/residual_pages.h"
 #include "backend/residual_rows.h"
 
 namespace vericache::test {
 namespace {
 
-uint32_t word_at(const std::byte* at) {
-  uint32_t word;
-  std::memcpy(&word, at, sizeof(word));
-  return word;
-}
-float affine_at(const std::byte* part, int index) {
-  bf16 value;
-  std::memcpy(&value, part + static_cast<ptrdiff_t>(index) * 2, sizeof(value));
-  return to_float(value);
-}
-
-// Value i of a part, in the GPU's order.
+// Value i of a part, in the GPU's order: layout.h turned round.
 ResidualField field_of(const std::byte* head_page, const KvFormat& format, int head_dim, bool keys, int i) {
-  const int bits = keys ? format.key_bits : format.value_bits;
-  const std::byte* part = head_page + (keys ? 0 : cuda::bytes_of(cuda::key_pieces(format.key_bits, head_dim)));
-  const int groups = keys ? head_dim : kPageTokens;
-  const int plane_bits = bits == 2 ? 2 : 4;
-  // layout.h turned round.
+  const KvPart own = keys ? format.key() : format.value();
+  const std::byte* part = head_page + (keys ? 0 : cuda::bytes_of(cuda::key_pieces(format.key(), head_dim)));
   const int token = keys ? i / 32 % kPageTokens : i / (32 * head_dim) * 32 + i % 32;
   const int dim = keys ? i / (32 * kPageTokens) * 32 + i % 32 : i / 32 % head_dim;
-  const cuda::CodePlace place =
-      keys ? cuda::key_place(token, dim, plane_bits) : cuda::value_place(token, dim, plane_bits);
-  const std::byte* planes = part + static_cast<ptrdiff_t>(groups) * 4;
-  uint32_t code = word_at(planes + static_cast<ptrdiff_t>(place.word) * 4) >> place.shift & ((1u << plane_bits) - 1);
-  if (bits == 8) {
-    const std::byte* low = planes + cuda::plane_bytes(4, head_dim);
-    code = code << 4 | (word_at(low + static_cast<ptrdiff_t>(place.word) * 4) >> place.shift & 15u);
+  uint32_t codes[8];
+  if (keys) {
+    cuda::key_codes(part, own, head_dim, token, dim / 8 * 8, codes);
+  } else {
+    cuda::value_codes(part, own, head_dim, token / 8 * 8, dim, codes);
   }
-  const int group = keys ? dim : token;
-  return affine_field(code, affine_at(part, group), affine_at(part, groups + group));
+  ResidualGroup group{cuda::base_of(part, token), 0};
+  if (own.code == KvCode::int8) {
+    uint16_t scale;
+    std::memcpy(&scale, part + static_cast<ptrdiff_t>(token) * 2, sizeof(scale));
+    group = {scale, 0};
+  } else if (own.code == KvCode::affine) {
+    const cuda::AffineBits affine = cuda::affine_of(part, keys ? dim : token, keys ? head_dim : kPageTokens);
+    group = {affine.scale, affine.minimum};
+  }
+  return residual_field(own, codes[keys ? dim % 8 : token % 8], group);
 }
 
 // The first row of the first page that differs, with its ends and its first halves.
@@ -65,7 +57,7 @@ std::string first_strange(const KvShape& shape, const std::vector<std::byte>& co
         }
       }
     }
-    begin = word_at(expected.data() + static_cast<size_t>(head) * 4);
+    begin = cuda::word_at(expected.data() + static_cast<size_t>(head) * 4);
   }
   return ": not in the first page";
 }
@@ -75,8 +67,10 @@ TEST(ResidualsOnGpu, AreThoseOfThePlainCoder) {
   Random random(81);
   for (const int head_dim : {32, 64, 96, 128}) {
     const KvShape shape{.layers = 1, .kv_heads = head_dim == 32 ? 5 : 2, .head_dim = head_dim};
-    for (const auto& [key_bits, value_bits] : {std::pair{2, 2}, {4, 4}, {8, 8}, {16, 4}, {8, 16}}) {
-      const KvFormat format = format_of(key_bits, value_bits);
+    for (const KvFormat& format :
+         {format_of(2, 2), format_of(4, 4), format_of(8, 8), format_of(16, 4), format_of(8, 16), format_of(3, 6),
+          KvFormat{8, 8, KvCode::plane}, KvFormat{6, 9, KvCode::plane}, KvFormat{7, 16, KvCode::plane},
+          KvFormat{8, 8, KvCode::fp8}, KvFormat{8, 8, KvCode::int8}}) {
       ResidualPages pages(shape, format, 3);
       for (const Filling filling : {Filling::normal, Filling::keyed, Filling::sparse, Filling::specials}) {
         pages.fill(filling, random);
@@ -101,9 +95,10 @@ TEST(ResidualsOnGpu, AreThoseOfThePlainCoder) {
           }
           const auto differs = std::mismatch(coded.begin(), coded.end(), expected.begin(), expected.end());
           ASSERT_EQ(differs.first, coded.end())
-              << head_dim << " dims, bits " << key_bits << ", " << value_bits << ", code " << static_cast<int>(code)
-              << ", filling " << static_cast<int>(filling) << ", byte " << differs.first - coded.begin() << " of "
-              << coded.size() << first_strange(shape, coded, expected);
+              << head_dim << " dims, bits " << format.key_bits << ", " << format.value_bits << ", format "
+              << static_cast<int>(format.code) << ", code " << static_cast<int>(code) << ", filling "
+              << static_cast<int>(filling) << ", byte " << differs.first - coded.begin() << " of " << coded.size()
+              << first_strange(shape, coded, expected);
           ASSERT_EQ(pages.decode(code, coded), pages.values());
         }
       }

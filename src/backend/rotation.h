@@ -1,0 +1,42 @@
+// Rotation of head vectors before they are quantized (QuaRot, Ashkboos et al. 2024, section 3.2: Hadamard transforms
+// spread outliers over all channels, and leave q k as it is when both are rotated; TurboQuant, Zandieh et al. 2025).
+// Host and device code; pure; any thread.
+#pragma once
+
+#include "base/host_device.h"
+
+namespace vericache {
+
+// Channels that are mixed with each other: blocks of the largest power of two that divides the head.
+VERICACHE_BOTH constexpr int rotation_block(int head_dim) {
+  return head_dim & -head_dim;
+}
+// What makes a Hadamard matrix of that many rows orthogonal, and its own inverse.
+VERICACHE_BOTH constexpr float rotation_scale(int block) {
+  float scale = 1.0f;
+  for (; block >= 4; block /= 4) {
+    scale *= 0.5f;
+  }
+  return block == 2 ? scale * 0.70710678f : scale;
+}
+
+// x (head_dim), in place. Sums are taken in the order of rising distance, on every backend.
+inline void rotate(float* x, int head_dim) {
+  const int block = rotation_block(head_dim);
+  for (int reach = 1; reach < block; reach *= 2) {
+    for (int first = 0; first < head_dim; first += 2 * reach) {
+      for (int i = first; i < first + reach; ++i) {
+        const float a = x[i];
+        const float b = x[i + reach];
+        x[i] = a + b;
+        x[i + reach] = a - b;
+      }
+    }
+  }
+  const float scale = rotation_scale(block);
+  for (int i = 0; i < head_dim; ++i) {
+    x[i] *= scale;
+  }
+}
+
+}  // namespace vericache
