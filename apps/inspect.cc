@@ -22,14 +22,16 @@ struct InspectFlags {
   bool json = false;
 };
 
-constexpr std::array<const char*, 8> kShownCompressors = {"none",
-                                                          "kivi:bits=8",
-                                                          "kivi:bits=4",
-                                                          "kivi:bits=2",
-                                                          "streaming-llm",
-                                                          "snapkv:budget=0.2",
-                                                          "snapkv:budget=0.2+kivi:bits=4",
-                                                          "kivi:k=8,v=4"};
+constexpr std::array<const char*, 10> kShownCompressors = {"none",
+                                                           "kivi:bits=8",
+                                                           "kivi:bits=4",
+                                                           "kivi:bits=2",
+                                                           "streaming-llm",
+                                                           "snapkv:budget=0.2",
+                                                           "snapkv:budget=0.2+kivi:bits=4",
+                                                           "pyramidkv:budget=0.2",
+                                                           "adakv(snapkv:budget=0.2)",
+                                                           "kivi:k=8,v=4"};
 
 int64_t parameter_count(const Checkpoint& checkpoint, bool tied) {
   int64_t count = 0;

@@ -55,9 +55,13 @@ class ForwardingKernels : public Kernels {
   void pool_mass(const float* mass, int rows, int n, int reach, int always, float* scores) override {
     k_.pool_mass(mass, rows, n, reach, always, scores);
   }
-  void choose_best(const float* scores, int rows, int n, int count, int* chosen, int stride) override {
-    k_.choose_best(scores, rows, n, count, chosen, stride);
+  void choose_best(const BestArgs& args) override { k_.choose_best(args); }
+  void mean_rows(float* values, int rows, int n) override { k_.mean_rows(values, rows, n); }
+  void count_rows(const int* chosen, int count, int rows, int n, int* counts) override {
+    k_.count_rows(chosen, count, rows, n, counts);
   }
+  void key_scores(const KeyScoreArgs& args) override { k_.key_scores(args); }
+  void expected_attention(const ExpectedArgs& args) override { k_.expected_attention(args); }
   void quantize(const QuantizeArgs& args) override { k_.quantize(args); }
   void gather(const GatherArgs& args) override { k_.gather(args); }
   void quantize_head_page(const std::byte* source, int tokens, const KvShape& shape, const KvFormat& format,

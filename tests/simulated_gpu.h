@@ -199,8 +199,20 @@ class SimulatedGpu {
     void pool_mass(const float* mass, int rows, int n, int reach, int always, float* scores) override {
       push([=](Kernels& cpu, const PassRows&) { cpu.pool_mass(mass, rows, n, reach, always, scores); });
     }
-    void choose_best(const float* scores, int rows, int n, int count, int* chosen, int stride) override {
-      push([=](Kernels& cpu, const PassRows&) { cpu.choose_best(scores, rows, n, count, chosen, stride); });
+    void choose_best(const BestArgs& args) override {
+      push([args](Kernels& cpu, const PassRows&) { cpu.choose_best(args); });
+    }
+    void mean_rows(float* values, int rows, int n) override {
+      push([=](Kernels& cpu, const PassRows&) { cpu.mean_rows(values, rows, n); });
+    }
+    void count_rows(const int* chosen, int count, int rows, int n, int* counts) override {
+      push([=](Kernels& cpu, const PassRows&) { cpu.count_rows(chosen, count, rows, n, counts); });
+    }
+    void key_scores(const KeyScoreArgs& args) override {
+      push([args](Kernels& cpu, const PassRows&) { cpu.key_scores(args); });
+    }
+    void expected_attention(const ExpectedArgs& args) override {
+      push([args](Kernels& cpu, const PassRows&) { cpu.expected_attention(args); });
     }
     void quantize(const QuantizeArgs& args) override {
       push([args](Kernels& cpu, const PassRows&) { cpu.quantize(args); });

@@ -124,8 +124,11 @@ void bench_scores(const float* memory, int* chosen, float* scores) {
     const size_t places = kWalked / (floats * sizeof(float));
     const auto at = [&](int i) { return memory + static_cast<size_t>(i) % places * floats; };
     const auto width = static_cast<size_t>(n);
-    print("choose_best", kRows, width, "a quarter",
-          median_us([&](int i) { choose_best(at(i), kRows, n, n / 4, chosen, n, nullptr); }), floats * sizeof(float));
+    print("choose_best", kRows, width, "a quarter", median_us([&](int i) {
+            choose_best({.scores = at(i), .rows = kRows, .n = n, .count = n / 4, .chosen = chosen, .stride = n},
+                        nullptr);
+          }),
+          floats * sizeof(float));
     print("pool_mass", kRows, width, "reach 3",
           median_us([&](int i) { pool_mass(at(i), kRows, n, 3, 32, scores, nullptr); }), floats * sizeof(float) * 2);
   }

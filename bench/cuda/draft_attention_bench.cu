@@ -234,7 +234,8 @@ void bench_ops() {
                     .position = kPages * kPageTokens - rows,
                     .kv = kv(i % layers),
                     .tokens = kPages * kPageTokens,
-                    .mass = mass.data()},
+                    .mass = mass.data(),
+                    .stride = kPages * kPageTokens},
                    nullptr);
   });
   std::printf("attention mass of %d rows:         %8.1f us  %7.0f GB/s of keys\n", rows, mass_us,

@@ -32,11 +32,12 @@ struct PackedMatrix {
 enum class Epilogue { store, add };  // y = x W^T, or y += x W^T
 
 // The last queries of one layer of one sequence with their softmax denominators, a ring: the row of position p lies at
-// p % capacity.
+// (p - origin) % capacity.
 struct QueryRing {
   bf16* q = nullptr;             // (capacity, heads, key_dim)
   float* log_sum_exp = nullptr;  // (capacity, heads)
   int capacity = 0;
+  int origin = 0;  // not behind the first of its rows; the rows of one pass are a ring whose origin is their first
 };
 
 // Rows of one sequence at consecutive positions, in one layer. All of them stand in one pass; a pass holds rows of many
@@ -116,7 +117,74 @@ struct MassArgs {
   int position = 0;       // of the first of them
   LayerKv kv{};           // full KV: past, then tail
   int tokens = 0;         // of the sequence: [0, tokens)
-  float* mass = nullptr;  // (kv_heads, tokens): written
+  float* mass = nullptr;  // (kv_heads, stride): [0, added) are added to, [added, tokens) written
+  int stride = 0;         // at least tokens
+  int added = 0;
+};
+
+// How much a token's key tells, per KV head.
+enum class KeyMeasure {
+  smallness,   // -|k|
+  difference,  // -cos(k, the mean of the keys' directions)
+};
+struct KeyScoreArgs {
+  KvShape shape{};
+  LayerKv kv{};    // full KV: past, then tail
+  int tokens = 0;  // of the sequence: [0, tokens)
+  KeyMeasure measure = KeyMeasure::smallness;
+  float* scratch = nullptr;  // key_score_floats(tokens, shape)
+  float* scores = nullptr;   // (kv_heads, tokens): written
+};
+// Sums of key directions, one of every piece of the context.
+inline constexpr int kKeyPieceTokens = 1024;
+inline size_t key_score_floats(int tokens, const KvShape& shape) {
+  return static_cast<size_t>(shape.kv_heads) * static_cast<size_t>(shape.key_dim()) *
+         static_cast<size_t>((tokens + kKeyPieceTokens - 1) / kKeyPieceTokens);
+}
+
+// Attention that queries to come will pay, times the length of the value: queries are taken as normally distributed,
+// with mean m and covariance C of the ring's last rows before RoPE, turned by R, the mean rotation of the `future`
+// positions from `from` on. The score of a token is |v| times the mean, over the query heads that share a KV head, of
+// the softmax over tokens [sinks, tokens) of scale (R m) k + scale^2 / 2 k R C R^T k; that of a sink is +inf.
+struct ExpectedArgs {
+  KvShape shape{};
+  int heads = 0;
+  float scale = 0;
+  QueryRing queries{};
+  int rows = 0;      // of the ring
+  int position = 0;  // of the first of them
+  RopeTable rope{};
+  int from = 0;  // positions that the table does not know are left out; the last one stays
+  int future = 0;
+  LayerKv kv{};    // full KV: past, then tail
+  int tokens = 0;  // of the sequence: [0, tokens)
+  int sinks = 0;
+  std::byte* scratch = nullptr;  // expected_bytes(rows, tokens, shape), aligned to 64
+  float* scores = nullptr;       // (kv_heads, tokens): written
+};
+// Queries of one query head per KV head (mean, then the rows without it, then zeros up to a multiple of 8), as bf16;
+// then, per KV head, exponents of all tokens, their maximum and their sum.
+inline int expected_rows(int rows) {
+  return (1 + rows + 7) / 8 * 8;
+}
+inline size_t expected_query_bytes(int rows, const KvShape& shape) {
+  return static_cast<size_t>(shape.kv_heads) * static_cast<size_t>(expected_rows(rows)) *
+         static_cast<size_t>(shape.key_dim()) * sizeof(bf16);
+}
+inline size_t expected_bytes(int rows, int tokens, const KvShape& shape) {
+  return expected_query_bytes(rows, shape) +
+         static_cast<size_t>(shape.kv_heads) * (static_cast<size_t>(tokens) + 2) * sizeof(float);
+}
+
+// Of each row of scores (rows, n) the best, ascending by index. Ties fall to the later index, NaN counts as -inf.
+struct BestArgs {
+  const float* scores = nullptr;
+  int rows = 0;
+  int n = 0;
+  int count = 0;                // of every row; where counts is given, the most of one
+  const int* counts = nullptr;  // (rows), or null
+  int* chosen = nullptr;        // (rows, stride)
+  int stride = 0;
 };
 
 // Pages [first, first + count) of full KV, every KV head, into the same pages of `out` in its format.
@@ -134,7 +202,8 @@ struct GatherArgs {
   LayerKv full{};
   const int* chosen = nullptr;  // (kv_heads, stride): ascending token indices
   int stride = 0;
-  int count = 0;  // of every head
+  int count = 0;                // of every head; where counts is given, the most of one
+  const int* counts = nullptr;  // (kv_heads), or null
   KvView out{};
 };
 
@@ -239,9 +308,14 @@ class Kernels : public Lane {
   // scores (rows, n): each value becomes the mean of its neighbours up to `reach` away, those outside counting as zero;
   // the last `always` become +inf. scores and mass do not overlap.
   virtual void pool_mass(const float* mass, int rows, int n, int reach, int always, float* scores) = 0;
-  // Of each row of scores (rows, n) the `count` best, ascending by index, into chosen (rows, stride). Ties fall to the
-  // later index, NaN counts as -inf.
-  virtual void choose_best(const float* scores, int rows, int n, int count, int* chosen, int stride) = 0;
+  virtual void choose_best(const BestArgs& args) = 0;
+  // Each row of values (rows, n) becomes the mean of all rows.
+  virtual void mean_rows(float* values, int rows, int n) = 0;
+  // chosen (count), ascending indices into (rows, n) as one: how many of them lie in each row. counts (rows) may be
+  // host memory that the device reaches.
+  virtual void count_rows(const int* chosen, int count, int rows, int n, int* counts) = 0;
+  virtual void key_scores(const KeyScoreArgs& args) = 0;
+  virtual void expected_attention(const ExpectedArgs& args) = 0;
   virtual void quantize(const QuantizeArgs& args) = 0;
   virtual void gather(const GatherArgs& args) = 0;
   // One bf16 head page of full KV. tokens < 64: the rest of the page counts as absent (its codes are zero). A page of

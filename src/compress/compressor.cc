@@ -1,13 +1,28 @@
 #include "compress/compressor.h"
 
+#include <algorithm>
+
 namespace vericache {
 
-size_t Compressor::resident_bytes(int tokens, const KvShape& shape) const {
-  const size_t pages = static_cast<size_t>((kept_tokens(tokens) + kPageTokens - 1) / kPageTokens);
-  return pages * static_cast<size_t>(shape.layers) * static_cast<size_t>(shape.kv_heads) *
-         head_page_bytes(format(), shape);
+// A layer's share of a budget may fall while the context grows, and layers follow one after the other: what counts is
+// the most of each on the way.
+int Compressor::resident_pages(int tokens, const KvShape& shape) const {
+  int pages = 0;
+  for (int layer = 0; layer < shape.layers; ++layer) {
+    int most = 0;
+    for (int held = 0; held < tokens + kPageTokens; held += kPageTokens) {
+      most = std::max(most, layer_pages(std::min(held, tokens), layer, shape));
+    }
+    pages += most;
+  }
+  return pages;
 }
 
+size_t Compressor::resident_bytes(int tokens, const KvShape& shape) const {
+  return static_cast<size_t>(resident_pages(tokens, shape)) * head_page_bytes(format(), shape);
+}
+
+// Dropped tokens cross where the kept ones are exact, else all.
 namespace {
 
 // Bits of a value that a resident code leaves open, headers and escapes included.

@@ -6,20 +6,29 @@
 
 namespace vericache {
 
+// Attention mass of tokens [0, tokens) under the queries that were seen: mass (kv_heads, tokens), device memory.
+void write_mass(Kernels& kernels, const FullLayer& full, int tokens, const Attended& seen, float* mass);
+
 class ScoringCompressor : public DroppingCompressor {
  public:
+  // As much as the scores need, and own_scratch_bytes().
   size_t scratch_bytes(int max_tokens, const KvShape& shape) const override;
-
- protected:
-  explicit ScoringCompressor(const KvFormat& format) : DroppingCompressor(format) {}
   // scores (kv_heads, tokens) of tokens [0, tokens), device memory: written. Higher is better, +inf is always kept, NaN
   // is worth nothing; ties fall to the later token.
   virtual void score(Kernels& kernels, const FullLayer& full, int tokens, const Attended& seen, float* scores) = 0;
-  // A method's own scratch lies behind the scores.
-  std::byte* scratch_behind_scores(int tokens, const KvShape& shape) const;
 
- private:
-  void choose(Kernels& kernels, const FullLayer& full, int tokens, const Attended& seen, int* chosen, int stride) final;
+ protected:
+  explicit ScoringCompressor(const KvFormat& format) : DroppingCompressor(format) {}
+  // Memory that score() works in, beside the scores.
+  virtual size_t own_scratch_bytes(int max_tokens, const KvShape& shape) const {
+    (void)max_tokens;
+    (void)shape;
+    return 0;
+  }
+  std::byte* own_scratch(int tokens, const KvShape& shape) const;
+  float* scores_in_scratch(const KvShape& shape) const;
+  void choose(Kernels& kernels, const FullLayer& full, const Attended& seen, const Choice& choice) override;
+  static void keep_best(Kernels& kernels, const float* scores, const KvShape& shape, const Choice& choice);
 };
 
 }  // namespace vericache

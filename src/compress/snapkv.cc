@@ -9,22 +9,14 @@ std::string SnapKv::name() const {
                      format_suffix());
 }
 
-// The scores, then as much mass.
-size_t SnapKv::scratch_bytes(int max_tokens, const KvShape& shape) const {
-  return 2 * ScoringCompressor::scratch_bytes(max_tokens, shape);
+// The mass, before it is pooled.
+size_t SnapKv::own_scratch_bytes(int max_tokens, const KvShape& shape) const {
+  return static_cast<size_t>(shape.kv_heads) * static_cast<size_t>(max_tokens) * sizeof(float);
 }
 
 void SnapKv::score(Kernels& kernels, const FullLayer& full, int tokens, const Attended& seen, float* scores) {
-  auto* mass = reinterpret_cast<float*>(scratch_behind_scores(tokens, full.shape));
-  kernels.attention_mass({.shape = full.shape,
-                          .heads = seen.heads,
-                          .scale = seen.scale,
-                          .queries = seen.queries,
-                          .rows = seen.rows,
-                          .position = seen.position,
-                          .kv = full.kv,
-                          .tokens = tokens,
-                          .mass = mass});
+  auto* mass = reinterpret_cast<float*>(own_scratch(tokens, full.shape));
+  write_mass(kernels, full, tokens, seen.last(options_.window), mass);
   kernels.pool_mass(mass, full.shape.kv_heads, tokens, options_.kernel / 2, options_.window, scores);
 }
 

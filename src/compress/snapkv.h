@@ -12,16 +12,16 @@ struct SnapKvOptions {
   int kernel = 7;   // tokens pooled (mean), odd
 };
 
-class SnapKv final : public ScoringCompressor {
+class SnapKv : public ScoringCompressor {
  public:
   SnapKv(const SnapKvOptions& options, const KvFormat& format) : ScoringCompressor(format), options_(options) {}
   std::string name() const override;
   int query_window() const override { return options_.window; }
   int kept_tokens(int tokens) const override { return options_.budget.tokens_of(tokens); }
-  size_t scratch_bytes(int max_tokens, const KvShape& shape) const override;
-
- private:
   void score(Kernels& kernels, const FullLayer& full, int tokens, const Attended& seen, float* scores) override;
+
+ protected:
+  size_t own_scratch_bytes(int max_tokens, const KvShape& shape) const override;
 
   SnapKvOptions options_;
 };

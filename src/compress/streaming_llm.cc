@@ -16,16 +16,14 @@ int StreamingLlm::kept_tokens(int tokens) const {
 }
 
 // Which tokens stay follows from their number alone: every head keeps the same, and the host names them.
-void StreamingLlm::choose(Kernels& kernels, const FullLayer& full, int tokens, const Attended& /*seen*/, int* chosen,
-                          int stride) {
-  const int count = kept_tokens(tokens);
-  const int sinks = std::min(sinks_, count);
-  kept_.resize(static_cast<size_t>(count));
+void StreamingLlm::choose(Kernels& kernels, const FullLayer& full, const Attended& /*seen*/, const Choice& choice) {
+  const int sinks = std::min(sinks_, choice.count);
+  kept_.resize(static_cast<size_t>(choice.count));
   std::iota(kept_.begin(), kept_.begin() + sinks, 0);
-  std::iota(kept_.begin() + sinks, kept_.end(), tokens - (count - sinks));
+  std::iota(kept_.begin() + sinks, kept_.end(), choice.tokens - (choice.count - sinks));
   for (int head = 0; head < full.shape.kv_heads; ++head) {
-    kernels.upload(reinterpret_cast<std::byte*>(chosen + static_cast<ptrdiff_t>(head) * stride), kept_.data(),
-                   kept_.size() * sizeof(int));
+    kernels.upload(reinterpret_cast<std::byte*>(choice.chosen + static_cast<ptrdiff_t>(head) * choice.stride),
+                   kept_.data(), kept_.size() * sizeof(int));
   }
 }
 

@@ -17,8 +17,7 @@ class StreamingLlm final : public DroppingCompressor {
   int kept_tokens(int tokens) const override;
 
  private:
-  void choose(Kernels& kernels, const FullLayer& full, int tokens, const Attended& seen, int* chosen,
-              int stride) override;
+  void choose(Kernels& kernels, const FullLayer& full, const Attended& seen, const Choice& choice) override;
 
   int sinks_;
   double window_;

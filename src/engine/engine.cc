@@ -64,6 +64,9 @@ Engine::State::State(const Transformer& model, Device& device, std::unique_ptr<C
   if (plan.query_window_bytes > 0) {
     window_pool = make_pool(device, plan.query_window_bytes, options.max_sequences, "query windows");
   }
+  if (plan.notes_bytes > 0) {
+    notes_pool = make_pool(device, plan.sequence_notes_bytes(shape), options.max_sequences, "the compressor's notes");
+  }
   if (!plan.full_on_device) {
     host_pool = make_pool(*host, extent_bytes(shape), plan.host_extents, "the host tier");
     record_pool = make_pool(*host, plan.record_bytes, options.max_sequences, "checksums");
@@ -169,6 +172,17 @@ void Engine::State::admit(SeqId id) {
     s.query_memory = window_pool->take();
     check(s.query_memory != nullptr, "there is a query window for every sequence");
   }
+  s.notes_bytes = plan.notes_bytes;
+  s.notes.max_tokens = plan.max_len;
+  if (notes_pool != nullptr) {
+    s.notes.device = notes_pool->take();
+    check(s.notes.device != nullptr, "there are notes for every sequence");
+  }
+  if (plan.report_values > 0) {
+    s.report_values = plan.report_values;
+    s.notes.report = reinterpret_cast<int*>(reinterpret_cast<std::byte*>(s.board) + plan.report_offset);
+    std::fill_n(s.notes.report, plan.report_values * shape.layers, 0);  // its last owner's stood there
+  }
   s.tail_changed = draft_lane.mark();
   update_load(s);
 }
@@ -251,6 +265,7 @@ void Engine::State::reap() {
     s.tail.reset();
     s.resident.reset();
     for (auto [pool, block] : {std::pair{window_pool.get(), s.query_memory},
+                               {notes_pool.get(), s.notes.device},
                                {index_pool.get(), s.index_memory},
                                {board_pool.get(), reinterpret_cast<std::byte*>(s.board)}}) {
       if (block != nullptr) {
@@ -308,7 +323,7 @@ const EngineStats& Engine::stats() const {
 bool Engine::pools_whole() const {
   for (const PagePool* pool :
        {state_->tail_pool.get(), state_->resident_pool.get(), state_->host_pool.get(), state_->window_pool.get(),
-        state_->index_pool.get(), state_->board_pool.get(), state_->record_pool.get()}) {
+        state_->notes_pool.get(), state_->index_pool.get(), state_->board_pool.get(), state_->record_pool.get()}) {
     if (pool != nullptr && pool->used() != 0) {
       return false;
     }

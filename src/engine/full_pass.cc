@@ -146,11 +146,16 @@ void FullPass::run_layer(Activations& activations) {
   const Mark begin = lane.mark();
   model_.layer(layer, pass_, activations);
   if (compressor_ != nullptr) {
+    for (size_t i = 0; i < members_.size(); ++i) {
+      members_[i].corrupt = members_[i].corrupt || (fetch_ != nullptr && fetch_->corrupt(i));
+      if (compressor_->observes() && !members_[i].corrupt) {
+        observe(members_[i], pass_.layer(layer)[i], layer, activations);
+      }
+    }
     if (compressor_->query_window() > 0) {
       lane.keep_queries(activations.q, activations.log_sum_exp, model_.config().heads, model_.kv_shape(), pass_, layer);
     }
     for (size_t i = 0; i < members_.size(); ++i) {
-      members_[i].corrupt = members_[i].corrupt || (fetch_ != nullptr && fetch_->corrupt(i));
       if (!members_[i].corrupt) {
         compress(members_[i], pass_.layer(layer)[i], layer, lane);
       }
@@ -163,24 +168,55 @@ void FullPass::run_layer(Activations& activations) {
   ++next_layer_;
 }
 
+Attended FullPass::attended(const Sequence& sequence, const QueryRing& queries, int first, int end, int layer) const {
+  const auto index = static_cast<size_t>(layer);
+  Notes notes = sequence.notes;
+  notes.device = notes.device == nullptr ? nullptr : notes.device + index * sequence.notes_bytes;
+  notes.report = notes.report == nullptr ? nullptr : notes.report + layer * sequence.report_values;
+  return {.heads = model_.config().heads,
+          .scale = model_.attention_scale(),
+          .queries = queries,
+          .rows = end - first,
+          .position = first,
+          .rope = model_.weights().rope,
+          .notes = notes};
+}
+
+// Queries of decided tokens: accepted drafts of earlier passes, which stand in the rings until this pass's rows do, and
+// then the backlog. Which of this pass's drafts stand is not known yet.
+void FullPass::observe(const FullPassMember& member, const SequenceRows& rows, int layer,
+                       const Activations& activations) {
+  const Sequence& sequence = *member.sequence;
+  const FullLayer full{model_.kv_shape(), rows.kv, layer};
+  const int accepted_from = std::max(sequence.notes.observed, sequence.queries_from);
+  int observed = sequence.notes.observed;
+  if (accepted_from < member.position) {
+    compressor_->observe(*activations.lane, full,
+                         attended(sequence, rows.queries, accepted_from, member.position, layer));
+    observed = member.position;
+  }
+  const size_t heads = static_cast<size_t>(model_.config().heads);
+  const size_t first = static_cast<size_t>(member.first_row) * heads;
+  const QueryRing fed{activations.q + first * static_cast<size_t>(full.shape.key_dim()),
+                      activations.log_sum_exp + first, member.backlog_rows, member.position};
+  Attended seen = attended(sequence, fed, member.position, member.position + member.backlog_rows, layer);
+  seen.notes.observed = observed;
+  compressor_->observe(*activations.lane, full, seen);
+}
+
 void FullPass::compress(const FullPassMember& member, const SequenceRows& rows, int layer, Kernels& lane) {
   Sequence& sequence = *member.sequence;
-  Attended seen;
-  if (rows.queries.capacity > 0) {
-    // The rings hold consecutive positions, up to this pass's last row.
-    const int end = member.position + member.rows();
-    const int first = std::max(end - rows.queries.capacity, sequence.queries_from);
-    seen = {.heads = model_.config().heads,
-            .scale = model_.attention_scale(),
-            .queries = rows.queries,
-            .rows = end - first,
-            .position = first};
-  }
+  // The rings hold consecutive positions, up to this pass's last row.
+  const int end = member.position + member.rows();
+  const int first = std::min(end, std::max(end - rows.queries.capacity, sequence.queries_from));
+  Attended seen = attended(sequence, rows.queries, first, end, layer);
+  seen.notes.observed = member.position + member.backlog_rows;
   const TokenRange fresh{sequence.folded, member.fold_end};
-  const bool due = compressor_->chooses_anew() ? member.decides && fresh.end > 0 : fresh.end > fresh.begin;
+  const bool due = compressor_->chooses_anew_in(layer) ? member.decides && fresh.end > 0 : fresh.end > fresh.begin;
   if (due) {
-    check(compressor_->compress(lane, {model_.kv_shape(), rows.kv}, fresh, seen, sequence.resident->layer(layer)),
-          "admission reserves the resident pages of a sequence");
+    check(
+        compressor_->compress(lane, {model_.kv_shape(), rows.kv, layer}, fresh, seen, sequence.resident->layer(layer)),
+        "admission reserves the resident pages of a sequence");
   }
 }
 

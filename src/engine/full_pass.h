@@ -80,6 +80,8 @@ class FullPass {
   void place_rows();
   LayerKv full_view(const FullPassMember& member, size_t index, int layer) const;
   QueryRing queries(const Sequence& sequence, int layer) const;
+  Attended attended(const Sequence& sequence, const QueryRing& queries, int first, int end, int layer) const;
+  void observe(const FullPassMember& member, const SequenceRows& rows, int layer, const Activations& activations);
   void compress(const FullPassMember& member, const SequenceRows& rows, int layer, Kernels& lane);
 
   const Transformer& model_;

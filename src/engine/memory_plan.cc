@@ -49,6 +49,10 @@ MemoryPlan fixed_sizes(const Transformer& model, const Compressor* compressor, c
   if (compressor != nullptr) {
     plan.scratch_bytes = compressor->scratch_bytes(plan.max_len, shape);
   }
+  if (compressor != nullptr) {
+    plan.notes_bytes = (compressor->notes_bytes(plan.max_len, shape) + 63) / 64 * 64;
+    plan.report_values = compressor->report_values(shape);
+  }
   if (compressor != nullptr && compressor->query_window() > 0) {
     const size_t row =
         static_cast<size_t>(config.heads) * (static_cast<size_t>(shape.key_dim()) * sizeof(bf16) + sizeof(float));
@@ -73,7 +77,7 @@ WireOptions wire_options(const Compressor* compressor, bool streaming, const Eng
 }  // namespace
 
 int resident_pages_for(const Compressor& compressor, int tokens, const KvShape& shape) {
-  return pages_for(compressor.kept_tokens(tokens)) * shape.layers * shape.kv_heads;
+  return compressor.resident_pages(tokens, shape);
 }
 
 MemoryPlan plan_memory(const Transformer& model, const Compressor* compressor, const EngineOptions& o,
@@ -90,7 +94,7 @@ MemoryPlan plan_memory(const Transformer& model, const Compressor* compressor, c
   plan.index_bytes = aligned(plan.tail_index_bytes +
                              ResidentIndex::bytes(shape, plan.resident_head_pages, plan.chosen_stride, mirrored));
   const size_t fixed = aligned(plan.activation_bytes) + aligned(plan.tail_bytes) + aligned(plan.scratch_bytes) +
-                       sequences * (plan.query_window_bytes + plan.index_bytes);
+                       sequences * (plan.query_window_bytes + plan.sequence_notes_bytes(shape) + plan.index_bytes);
 
   // The full KV stays on the device when nothing is lost in the resident part and one sequence of it fits.
   const bool full_mode = compressor == nullptr || (compressor->format().exact() && !compressor->chooses_anew());
@@ -162,6 +166,8 @@ MemoryPlan plan_memory(const Transformer& model, const Compressor* compressor, c
   }
   // A draft may stand behind the last token that can be decided.
   plan.board_bytes = aligned(static_cast<size_t>(plan.max_len + 2 * plan.most_drafts + 2) * sizeof(TokenId));
+  plan.report_offset = plan.board_bytes;
+  plan.board_bytes += aligned(static_cast<size_t>(plan.report_values * shape.layers) * sizeof(int));
   plan.host_bytes += sequences * plan.board_bytes +
                      2 * aligned(static_cast<size_t>(plan.logit_rows) * sizeof(uint64_t)) + (size_t{1} << 20);
   return plan;
@@ -184,7 +190,8 @@ int sequences_that_fit(const Transformer& model, const Compressor* compressor, c
       return fit;
     }
     const int max_pages = pages_for(plan.max_len);
-    const int pages = plan.resident_head_pages * shape.layers * shape.kv_heads;
+    const int pages = compressor == nullptr ? plan.resident_head_pages * shape.layers * shape.kv_heads
+                                            : resident_pages_for(*compressor, plan.max_len, shape);
     const bool resident = plan.streaming || plan.resident_pages >= count * pages;
     const bool staged = !plan.streaming || plan.wire.slot_pages >= count * max_pages;
     const bool stored =

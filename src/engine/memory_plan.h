@@ -23,6 +23,8 @@ struct MemoryPlan {
   int resident_pages = 0;  // head pages in the pool
   int host_extents = 0;
   size_t query_window_bytes = 0;  // of one sequence
+  size_t notes_bytes = 0;         // of the compressor, of one sequence and layer
+  int report_values = 0;          // the same, in host memory
   size_t index_bytes = 0;         // of one sequence: tables of its tail and resident part
   size_t tail_index_bytes = 0;    // of them, the tail's
   int resident_head_pages = 0;    // pages that a head may hold
@@ -32,9 +34,12 @@ struct MemoryPlan {
   size_t tail_bytes = 0;
   size_t staging_bytes = 0;
   size_t resident_bytes = 0;
-  size_t board_bytes = 0;   // of one sequence's tokens
-  size_t record_bytes = 0;  // of one sequence's pages: checksums and ends
-  size_t host_bytes = 0;    // the host tier, boards, records, results
+  size_t board_bytes = 0;    // of one sequence's tokens, then the compressor's reports
+  size_t report_offset = 0;  // of the reports
+  size_t record_bytes = 0;   // of one sequence's pages: checksums and ends
+  size_t host_bytes = 0;     // the host tier, boards, records, results
+
+  size_t sequence_notes_bytes(const KvShape& shape) const { return notes_bytes * static_cast<size_t>(shape.layers); }
 };
 
 // Error, naming the least budget that works, if what the device has left or the host budget cannot hold one sequence

@@ -58,6 +58,7 @@ void Engine::State::finish_pass(FullPass& pass) {
     if (!member.corrupt) {
       // Rows that were refused have overwritten older ones in the rings; those after them will be written anew.
       const int oldest = member.position + member.rows() - (compressor != nullptr ? compressor->query_window() : 0);
+      s.notes.observed = member.position + member.backlog_rows;
       s.queries_from = std::min(std::max(s.queries_from, oldest), s.verified);
       fold(member);
     }

@@ -15,6 +15,7 @@ void Sequence::restart() {
   folded = 0;
   storing = 0;
   queries_from = 0;
+  notes.observed = 0;
   ++restarts;
 }
 

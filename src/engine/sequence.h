@@ -6,6 +6,7 @@
 #include <span>
 #include <vector>
 
+#include "compress/compressor.h"
 #include "engine/engine.h"
 #include "kv/host_tier.h"
 #include "kv/resident.h"
@@ -47,6 +48,9 @@ struct Sequence {
   std::byte* index_memory = nullptr;     // tables of tail and resident part in device memory, given back at the end
   std::byte* query_memory = nullptr;     // the rings of the last queries; null where the compressor wants none
   int queries_from = 0;                  // position of the oldest row that the rings hold
+  Notes notes{};                         // of layer 0, where the compressor keeps any; `observed` is that of all layers
+  size_t notes_bytes = 0;                // from one layer to the next
+  int report_values = 0;
   Horizon horizon;
   SequenceStats stats;
 

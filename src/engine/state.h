@@ -79,6 +79,7 @@ struct Engine::State {
   std::unique_ptr<PagePool> resident_pool;
   std::unique_ptr<PagePool> host_pool;
   std::unique_ptr<PagePool> window_pool;
+  std::unique_ptr<PagePool> notes_pool;
   Activations pass_activations;
   Activations draft_activations;
   std::unique_ptr<Scheduler> scheduler;

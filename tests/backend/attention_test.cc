@@ -217,7 +217,7 @@ TEST_P(AttentionOp, MassMatchesFloat64AndAddsUp) {
   const int tokens = c.position + c.rows;
   std::vector<float> mass(at(c.shape.kv_heads, tokens), std::nanf(""));
   kernels->attention_mass(
-      {c.shape, c.heads, scale, ring, c.rows - skipped, c.position + skipped, rows.kv, tokens, mass.data()});
+      {c.shape, c.heads, scale, ring, c.rows - skipped, c.position + skipped, rows.kv, tokens, mass.data(), tokens});
   std::vector<double> expected(mass.size(), 0.0);
   for (int r = skipped; r < c.rows; ++r) {
     for (int h = 0; h < c.heads; ++h) {

@@ -86,6 +86,11 @@ TEST_P(KeptOps, ChooseBestKeepsTheBestAndOfEqualsTheLater) {
     const int n = round % 20 == 0 ? random.between(5000, 10000) : random.between(1, 200);
     const int count = random.below(3) == 0 ? n : random.below(n + 1);
     const int stride = count + random.below(10);
+    std::vector<int> counts(static_cast<size_t>(rows), count);
+    const bool differ = round % 3 == 0;
+    for (int& one : counts) {
+      one = differ ? random.below(count + 1) : count;
+    }
     std::vector<float> scores(at(rows, n));
     for (float& x : scores) {
       const int draw = random.below(12);  // few values: ties everywhere
@@ -100,7 +105,13 @@ TEST_P(KeptOps, ChooseBestKeepsTheBestAndOfEqualsTheLater) {
     }
     const std::vector<float> before = scores;
     std::vector<int> chosen(at(rows, stride) + 1, -7);
-    k->choose_best(scores.data(), rows, n, count, chosen.data(), stride);
+    k->choose_best({.scores = scores.data(),
+                    .rows = rows,
+                    .n = n,
+                    .count = count,
+                    .counts = differ ? counts.data() : nullptr,
+                    .chosen = chosen.data(),
+                    .stride = stride});
     ASSERT_EQ(std::memcmp(scores.data(), before.data(), scores.size() * sizeof(float)), 0) << "scores are read";
     for (int row = 0; row < rows; ++row) {
       std::vector<int> order(static_cast<size_t>(n));
@@ -110,15 +121,70 @@ TEST_P(KeptOps, ChooseBestKeepsTheBestAndOfEqualsTheLater) {
         return std::isnan(score) ? -kInfinity : score;
       };
       std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return worth(a) > worth(b); });
-      order.resize(static_cast<size_t>(count));
+      const int own = counts[static_cast<size_t>(row)];
+      order.resize(static_cast<size_t>(own));
       std::sort(order.begin(), order.end());
       const auto first = chosen.begin() + static_cast<ptrdiff_t>(at(row, stride));
-      ASSERT_EQ(std::vector<int>(first, first + count), order) << count << " of " << n;
-      for (int i = count; i < stride; ++i) {
+      ASSERT_EQ(std::vector<int>(first, first + own), order) << own << " of " << n;
+      for (int i = own; i < stride; ++i) {
         ASSERT_EQ(first[i], -7) << "what lies behind a row's choice is not touched";
       }
     }
     ASSERT_EQ(chosen.back(), -7);
+  }
+}
+
+// All rows as one, longer than a context: which of all scores are the best, and how many of them each row has.
+TEST_P(KeptOps, TheBestOfAllRowsAreCountedByRows) {
+  Random random(46);
+  for (int round = 0; round < 20; ++round) {
+    const KvShape shape{1, random.between(1, 6), 16};
+    const auto k = kernels(shape, 1);
+    const int n = round % 5 == 0 ? 10000 : random.between(1, 300);
+    const int all = shape.kv_heads * n;
+    const int count = random.below(all + 1);
+    std::vector<float> scores(static_cast<size_t>(all));
+    for (float& x : scores) {
+      x = static_cast<float>(random.below(50));
+    }
+    std::vector<int> chosen(static_cast<size_t>(all) + 1, -7);
+    std::vector<int> counts(static_cast<size_t>(shape.kv_heads) + 1, -7);
+    k->choose_best(
+        {.scores = scores.data(), .rows = 1, .n = all, .count = count, .chosen = chosen.data(), .stride = count});
+    k->count_rows(chosen.data(), count, shape.kv_heads, n, counts.data());
+    ASSERT_EQ(counts.back(), -7);
+    std::vector<int> order(static_cast<size_t>(all));
+    std::iota(order.rbegin(), order.rend(), 0);
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int a, int b) { return scores[static_cast<size_t>(a)] > scores[static_cast<size_t>(b)]; });
+    std::vector<int> expected(static_cast<size_t>(shape.kv_heads));
+    for (int i = 0; i < count; ++i) {
+      ++expected[static_cast<size_t>(order[static_cast<size_t>(i)] / n)];
+    }
+    counts.pop_back();
+    ASSERT_EQ(counts, expected);
+  }
+}
+
+TEST_P(KeptOps, MeanRowsAreAllTheSame) {
+  Random random(47);
+  const auto k = kernels();
+  for (const auto& [rows, n] : {std::pair{1, 5}, {3, 1}, {4, 9001}, {7, 64}}) {
+    const std::vector<float> before = random.floats(at(rows, n));
+    std::vector<float> values = before;
+    values.push_back(42.0f);
+    k->mean_rows(values.data(), rows, n);
+    EXPECT_EQ(values.back(), 42.0f);
+    for (int token = 0; token < n; ++token) {
+      double sum = 0;
+      for (int row = 0; row < rows; ++row) {
+        sum += before[at(row, n, token)];
+      }
+      for (int row = 0; row < rows; ++row) {
+        ASSERT_NEAR(values[at(row, n, token)], sum / rows, 1e-6);
+        ASSERT_EQ(values[at(row, n, token)], values[at(0, n, token)]);
+      }
+    }
   }
 }
 
@@ -200,13 +266,17 @@ TEST_P(KeptOps, GatherStoresTheChosenTokensAndZeroesTheRest) {
     const int count = random.between(1, pages * kPageTokens);
     const int stride = count + random.below(5);
     std::vector<int> chosen(at(shape.kv_heads, stride), -1);
+    std::vector<int> counts(static_cast<size_t>(shape.kv_heads), count);
+    const bool differ = round % 3 == 0;
+    for (int& one : counts) {
+      one = differ ? random.below(count + 1) : count;
+    }
     for (int head = 0; head < shape.kv_heads; ++head) {
       std::vector<int> all(static_cast<size_t>(pages * kPageTokens));
       std::iota(all.begin(), all.end(), 0);
-      std::sample(all.begin(), all.end(), chosen.begin() + static_cast<ptrdiff_t>(at(head, stride)), count,
-                  random.engine());
+      std::sample(all.begin(), all.end(), chosen.begin() + static_cast<ptrdiff_t>(at(head, stride)),
+                  counts[static_cast<size_t>(head)], random.engine());
     }
-    const int kept_pages = (count + kPageTokens - 1) / kPageTokens;
     Pages out(shape, format, pages, random, false);
     poison(out, shape, format, pages);
     k->gather({.shape = shape,
@@ -214,13 +284,16 @@ TEST_P(KeptOps, GatherStoresTheChosenTokensAndZeroesTheRest) {
                .chosen = chosen.data(),
                .stride = stride,
                .count = count,
+               .counts = differ ? counts.data() : nullptr,
                .out = out.view()});
     Pages gathered(shape, {}, pages, random, false);  // zero, then token by token
     const size_t bytes = head_page_bytes(format, shape);
     for (int head = 0; head < shape.kv_heads; ++head) {
       std::vector<bf16> key(static_cast<size_t>(shape.head_dim));
       std::vector<bf16> value(key.size());
-      for (int i = 0; i < count; ++i) {
+      const int own = counts[static_cast<size_t>(head)];
+      const int kept_pages = (own + kPageTokens - 1) / kPageTokens;
+      for (int i = 0; i < own; ++i) {
         for (int d = 0; d < shape.head_dim; ++d) {
           const int token = chosen[at(head, stride, i)];
           key[static_cast<size_t>(d)] = full.pages.key(head, token, d);
@@ -231,7 +304,7 @@ TEST_P(KeptOps, GatherStoresTheChosenTokensAndZeroesTheRest) {
       for (int page = 0; page < pages; ++page) {
         std::vector<std::byte> expected(bytes, std::byte{0xa5});
         if (page < kept_pages) {
-          const int held = std::min(kPageTokens, count - page * kPageTokens);
+          const int held = std::min(kPageTokens, own - page * kPageTokens);
           k->quantize_head_page(gathered.head_page(head, page), held, shape, format, expected.data());
         }
         ASSERT_EQ(std::memcmp(out.head_page(head, page), expected.data(), bytes), 0) << "page " << page;

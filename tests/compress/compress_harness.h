@@ -95,6 +95,34 @@ class RandomLayer {
     return token > position + row ? 0 : std::exp(score(row, head, token) - log_sum_exp_[row_index(row, head)]);
   }
 
+  // Replaces what a token holds.
+  void write(int head, int token, const float* key, const float* value) {
+    auto* keys = reinterpret_cast<bf16*>(head_page(head, token / kPageTokens));
+    bf16* values = keys + kPageTokens * shape_.key_dim();
+    for (int d = 0; d < shape_.head_dim; ++d) {
+      keys[key_index(token % kPageTokens, d, shape_)] = to_bf16(key[d]);
+      values[value_index(token % kPageTokens, d)] = to_bf16(value[d]);
+    }
+  }
+  // Its notes of one layer: bytes that are no numbers, and an empty report.
+  Notes lend_notes(const Compressor& compressor) {
+    notes_.assign(compressor.notes_bytes(kMostTokens, shape_), std::byte{0xff});
+    report_.assign(static_cast<size_t>(compressor.report_values(shape_)), 0);
+    return {.device = notes_.data(), .max_tokens = kMostTokens, .report = report_.data()};
+  }
+  RopeTable rope(int positions, double theta = 10000) {
+    const int half = shape_.head_dim / 2;
+    cos_.clear();
+    sin_.clear();
+    for (int position = 0; position < positions; ++position) {
+      for (int i = 0; i < half; ++i) {
+        const double angle = position * std::pow(theta, -2.0 * i / shape_.head_dim);
+        cos_.push_back(static_cast<float>(std::cos(angle)));
+        sin_.push_back(static_cast<float>(std::sin(angle)));
+      }
+    }
+    return {cos_.data(), sin_.data(), positions};
+  }
   // As much as it asks for, of bytes that are no numbers.
   void lend_scratch(Compressor& compressor) {
     scratch_.assign(compressor.scratch_bytes(kMostTokens, shape_), std::byte{0xff});
@@ -146,6 +174,28 @@ class RandomLayer {
   std::vector<bf16> q_;
   std::vector<float> log_sum_exp_;
   std::vector<std::byte> scratch_;
+  std::vector<std::byte> notes_;
+  std::vector<int> report_;
+  std::vector<float> cos_;
+  std::vector<float> sin_;
 };
+
+struct Resident {
+  OwnedPool pool;
+  OwnedPool index;
+  ResidentLayer layer;
+  Resident(const KvFormat& format, const KvShape& shape, int pages = kMostTokens / kPageTokens)
+      : Resident(format, shape, pages, pages * shape.kv_heads) {}
+  Resident(const KvFormat& format, const KvShape& shape, int pages, int pool_pages)
+      : pool(head_page_bytes(format, shape), pool_pages),
+        index(ResidentIndex::bytes(shape, pages, kMostTokens, false), 1),
+        layer(shape, format, pool.pool, {index.pool.take(), pages, kMostTokens, false}, 0) {}
+};
+
+// The tokens that a head keeps, as the device has them.
+inline std::vector<int> kept_of(const ResidentLayer& layer, int head) {
+  const int* chosen = layer.chosen() + static_cast<ptrdiff_t>(head) * layer.chosen_stride();
+  return {chosen, chosen + layer.tokens(head)};
+}
 
 }  // namespace vericache::test

@@ -42,6 +42,20 @@ TEST(CompressorFactory, ReadsWhatItNames) {
       {"snapkv:budget=16777216", "snapkv:budget=16777216,window=32,kernel=7"},
       {"snapkv:budget=0.3+kivi", "snapkv:budget=0.3,window=32,kernel=7+kivi:bits=4"},
       {"streaming-llm+kivi:k=8,v=2", "streaming-llm:sinks=4,window=1024+kivi:k=8,v=2"},
+      {"pyramidkv", "pyramidkv:budget=0.2,window=8,kernel=7,beta=20"},
+      {"pyramidkv:beta=2.5,budget=300", "pyramidkv:budget=300,window=8,kernel=7,beta=2.5"},
+      {"h2o", "h2o:budget=0.2"},
+      {"tova:budget=0.1+kivi:bits=8", "tova:budget=0.1+kivi:bits=8"},
+      {"knorm", "knorm:budget=0.2"},
+      {"keydiff:budget=7", "keydiff:budget=7"},
+      {"expected", "expected:budget=0.2,window=128,future=512,sinks=4"},
+      {"expected:sinks=0,future=1,window=9", "expected:budget=0.2,window=9,future=1,sinks=0"},
+      {"adakv(snapkv)", "adakv:alpha=0.2(snapkv:budget=0.2,window=32,kernel=7)"},
+      {"adakv:alpha=1(h2o:budget=0.5)+kivi", "adakv:alpha=1(h2o:budget=0.5)+kivi:bits=4"},
+      {"snapkv;layers=0-1:none", "snapkv:budget=0.2,window=32,kernel=7;layers=0-1:none"},
+      {"none;layers=3:adakv(knorm);layers=5-5:tova:budget=9",
+       "none;layers=3:adakv:alpha=0.2(knorm:budget=0.2);layers=5:tova:budget=9"},
+      {"kivi;layers=2:snapkv+kivi", "kivi:bits=4;layers=2:snapkv:budget=0.2,window=32,kernel=7+kivi:bits=4"},
   };
   for (const auto& [spec, name] : specs) {
     EXPECT_EQ(make_compressor(spec)->name(), name);
@@ -57,6 +71,12 @@ TEST(CompressorFactory, ReadsWhatItNames) {
   EXPECT_TRUE(make_compressor("none")->format().exact());
   EXPECT_TRUE(make_compressor("snapkv")->chooses_anew());
   EXPECT_FALSE(make_compressor("kivi")->chooses_anew());
+  const auto mixed = make_compressor("none;layers=1-2:snapkv:window=99");
+  EXPECT_EQ(mixed->query_window(), 99);
+  EXPECT_TRUE(mixed->chooses_anew());
+  EXPECT_EQ(std::vector<bool>({mixed->chooses_anew_in(0), mixed->chooses_anew_in(1), mixed->chooses_anew_in(2),
+                               mixed->chooses_anew_in(3)}),
+            std::vector<bool>({false, true, true, false}));
 }
 
 TEST(CompressorFactory, RefusesEverythingElseAndSaysWhatThereIs) {
@@ -65,7 +85,45 @@ TEST(CompressorFactory, RefusesEverythingElseAndSaysWhatThereIs) {
                            " none",
                            "none ",
                            "none:bits=4",
-                           "h2o",
+                           "h2o:window=4",
+                           "h2",
+                           "pyramidkv:beta=0.5",
+                           "pyramidkv:beta",
+                           "tova:window=1",
+                           "knorm:budget=-1",
+                           "expected:window=0",
+                           "expected:sinks=65",
+                           "expected:future=0",
+                           "adakv",
+                           "adakv()",
+                           "adakv(",
+                           "adakv)",
+                           "adakv(snapkv",
+                           "adakv(snapkv))",
+                           "adakv(snapkv)x",
+                           "adakv(snapkv)kivi",
+                           "adakv(snapkv+kivi)",
+                           "adakv(none)",
+                           "adakv(streaming-llm)",
+                           "adakv(adakv(snapkv))",
+                           "adakv:alpha=1.5(snapkv)",
+                           "snapkv(knorm)",
+                           "snapkv()",
+                           "snapkv;",
+                           "snapkv;;",
+                           ";layers=0:none",
+                           "snapkv;none",
+                           "snapkv;layers=:none",
+                           "snapkv;layers=0",
+                           "snapkv;layers=a:none",
+                           "snapkv;layers=-1:none",
+                           "snapkv;layers=1-0:none",
+                           "snapkv;layers=1-:none",
+                           "snapkv;layers=99999:none",
+                           "snapkv;layers=0-3:none;layers=3:knorm",
+                           "snapkv;layers=0:kivi",
+                           "snapkv+kivi;layers=0:none",
+                           "snapkv;layers=0:zip",
                            "kivi:",
                            "kivi:bits",
                            "kivi:bits=",
@@ -180,7 +238,15 @@ RC_GTEST_PROP(CompressorFactory, RandomTextNeverCrashes, ()) {
                                                "{}",
                                                "%s",
                                                "33",
-                                               "9999999999999999999999"};
+                                               "9999999999999999999999",
+                                               "adakv",
+                                               "(",
+                                               ")",
+                                               ";layers=",
+                                               "h2o",
+                                               "tova",
+                                               "knorm",
+                                               "alpha"};
   std::string text;
   const auto chosen = *rc::gen::container<std::vector<size_t>>(rc::gen::inRange<size_t>(0, pieces.size() + 8));
   for (const size_t i : chosen) {
@@ -202,6 +268,13 @@ RC_GTEST_PROP(CompressorFactory, RandomOptionsReadBack, ()) {
                          ? "snapkv:budget=" + share + ",kernel=" + std::to_string(2 * *rc::gen::inRange(0, 127) + 1) +
                                ",window=" + std::to_string(*rc::gen::inRange(1, 257))
                          : "streaming-llm:window=" + share + ",sinks=" + std::to_string(*rc::gen::inRange(0, 3000));
+  const std::string scorer =
+      *rc::gen::element<std::string>("", "h2o", "tova", "knorm", "keydiff", "expected", "pyramidkv");
+  if (!scorer.empty()) {
+    spec = scorer + ":budget=" + share;
+    spec += scorer == "pyramidkv" ? ",beta=" + std::to_string(*rc::gen::inRange(1, 50)) : "";
+    spec = *rc::gen::arbitrary<bool>() ? "adakv(" + spec + ")" : spec;
+  }
   if (*rc::gen::arbitrary<bool>()) {
     spec += "+kivi:k=" + *rc::gen::element<std::string>("2", "3", "4", "6", "8", "16") +
             ",v=" + *rc::gen::element<std::string>("2", "3", "4", "6", "8");
@@ -214,6 +287,22 @@ RC_GTEST_PROP(CompressorFactory, RandomOptionsReadBack, ()) {
     RC_ASSERT(kept >= before && kept <= tokens);
     RC_ASSERT(make_compressor(compressor->name())->kept_tokens(tokens) == kept);
     before = kept;
+  }
+  // What is admitted at some length is enough for every shorter one, whole pages or not.
+  const KvShape shape{.layers = *rc::gen::inRange(1, 9), .kv_heads = *rc::gen::inRange(1, 5), .head_dim = 32};
+  const int longest = *rc::gen::inRange(0, 40 * kPageTokens);
+  // Some layers have followed the context already when the others have not.
+  const int lag = kPageTokens * *rc::gen::inRange(0, 5);
+  for (int tokens = 0; tokens <= longest; tokens += kPageTokens) {
+    int pages = 0;
+    for (int layer = 0; layer < shape.layers; ++layer) {
+      const int held = compressor->layer_tokens(tokens, layer, shape);
+      RC_ASSERT(held >= 0 && held <= shape.kv_heads * tokens);
+      RC_ASSERT(compressor->layer_pages(tokens, layer, shape) * kPageTokens >= held);
+      const int behind = std::max(0, tokens - (layer % 2 == 0 ? 0 : lag));
+      pages += compressor->layer_pages(behind, layer, shape);
+    }
+    RC_ASSERT(pages <= compressor->resident_pages(longest, shape));
   }
 }
 

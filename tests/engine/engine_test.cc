@@ -110,23 +110,65 @@ TEST(Engine, EveryCompressorHorizonAndTemperatureGivesTheFullAnswer) {
   for (const float temperature : {0.0f, 0.9f}) {
     const Outcome reference = run(nullptr, full_mode(), prompts(), 40, temperature);
     ASSERT_TRUE(reference.stats.full_on_device);
-    for (const char* compressor :
-         {"none", "kivi:bits=4", "kivi:bits=2", "kivi:k=8,v=4", "streaming-llm:window=0.2", "snapkv:budget=0.3",
-          "snapkv:budget=0.3+kivi:bits=4", "streaming-llm:window=100+kivi:bits=8"}) {
+    const char* const kinds[] = {"none",
+                                 "kivi:bits=4",
+                                 "kivi:bits=2",
+                                 "kivi:k=8,v=4",
+                                 "streaming-llm:window=0.2",
+                                 "snapkv:budget=0.3",
+                                 "snapkv:budget=0.3+kivi:bits=4",
+                                 "streaming-llm:window=100+kivi:bits=8"};
+    const char* const scorers[] = {"pyramidkv:budget=0.4",
+                                   "h2o:budget=0.3",
+                                   "tova:budget=0.3+kivi:bits=8",
+                                   "knorm:budget=0.4",
+                                   "keydiff:budget=0.4+kivi:bits=4",
+                                   "expected:budget=0.3",
+                                   "adakv(snapkv:budget=0.3)",
+                                   "adakv:alpha=0.8(pyramidkv:budget=0.3)+kivi:k=8,v=4",
+                                   "snapkv:budget=0.3;layers=0-1:none;layers=3:h2o:budget=100"};
+    std::vector<std::pair<const char*, int>> cells;
+    for (const char* kind : kinds) {
       for (const int horizon : {EngineOptions::kAdaptive, 1, 7, 32}) {
-        EngineOptions options = full_mode();
-        options.horizon = horizon;
-        options.max_sequences = horizon == 7 ? 1 : 3;
-        options.pass_rows = horizon == 1 ? 67 : 200;
-        const Outcome compressed = run(compressor, options, prompts(), 40, temperature);
-        expect_identical(reference, compressed, std::string(compressor) + " horizon " + std::to_string(horizon));
-        EXPECT_GT(compressed.stats.speculation.drafted, 0);
-        if (std::string_view(compressor) == "none") {
-          expect_drafts_stand(compressed.stats.speculation);
-        }
+        cells.emplace_back(kind, horizon);
+      }
+    }
+    for (const char* scorer : scorers) {  // they differ in what they keep, not in when
+      cells.emplace_back(scorer, EngineOptions::kAdaptive);
+      cells.emplace_back(scorer, 7);
+    }
+    for (const auto& [compressor, horizon] : cells) {
+      EngineOptions options = full_mode();
+      options.horizon = horizon;
+      options.max_sequences = horizon == 7 ? 1 : 3;
+      options.pass_rows = horizon == 1 ? 67 : 200;
+      const Outcome compressed = run(compressor, options, prompts(), 40, temperature);
+      expect_identical(reference, compressed, std::string(compressor) + " horizon " + std::to_string(horizon));
+      EXPECT_GT(compressed.stats.speculation.drafted, 0);
+      if (std::string_view(compressor) == "none") {
+        expect_drafts_stand(compressed.stats.speculation);
       }
     }
   }
+}
+
+// What is held at the peak is what the layers' steps add up to, head page by head page.
+TEST(Engine, LayersOfDifferentBudgetsTakeWhatTheyPromise) {
+  const KvShape shape = small_model().model->kv_shape();
+  EngineOptions options = full_mode();
+  options.horizon = 8;
+  for (const char* spec : {"snapkv:budget=0.5", "pyramidkv:budget=0.5", "knorm:budget=64;layers=1:none"}) {
+    const Outcome outcome = run(spec, options, {prompts()[0]}, 40, 0.0f);
+    const auto compressor = make_compressor(spec);
+    int pages = 0;
+    for (int layer = 0; layer < shape.layers; ++layer) {
+      pages += compressor->layer_pages(704, layer, shape);  // the whole pages of 700 + 40 tokens
+    }
+    EXPECT_EQ(outcome.stats.peak_resident_bytes, static_cast<size_t>(pages) * head_page_bytes(KvFormat{}, shape))
+        << spec;
+  }
+  const Outcome shared = run("adakv:alpha=0.9(snapkv:budget=0.5)", options, {prompts()[0]}, 40, 0.0f);
+  EXPECT_LE(shared.stats.peak_resident_bytes, make_compressor("adakv(snapkv:budget=0.5)")->resident_bytes(740, shape));
 }
 
 // The other formats of resident KV, each at one horizon: what they have of their own lies below the engine.

@@ -30,7 +30,12 @@ TrafficSetup random_setup(std::mt19937_64& random) {
                                           "snapkv:budget=0.4+kivi:bits=4",
                                           "streaming-llm:sinks=4,window=0.3",
                                           "streaming-llm:sinks=0,window=0",
-                                          "streaming-llm:window=200+kivi:bits=8"};
+                                          "streaming-llm:window=200+kivi:bits=8",
+                                          "h2o:budget=0.3",
+                                          "pyramidkv:budget=200",
+                                          "expected:budget=0.2,window=20+kivi:bits=4",
+                                          "adakv:alpha=0.9(keydiff:budget=0.3)",
+                                          "adakv:alpha=0.7(h2o:budget=150);layers=1-3:none"};
   TrafficSetup setup;
   setup.compressor = kCompressors[random() % std::size(kCompressors)];
   EngineOptions& o = setup.options;

@@ -46,6 +46,15 @@ TEST(Traffic, DroppedAndQuantizedInALittleMemory) {
   run_traffic(setup, visitors());
 }
 
+// Budgets that move from head to head at every look, beside layers that keep all, in a memory that is reserved to the
+// page; and sums over queries that corruption takes back.
+TEST(Traffic, HeadsAndLayersThatDifferInALittleMemory) {
+  TrafficSetup setup{
+      .compressor = "adakv:alpha=0.9(h2o:budget=0.3);layers=1-2:none", .options = options_of(8, 5, 130), .budget = 1.2};
+  setup.options.inject_corruption_every = 401;
+  run_traffic(setup, visitors());
+}
+
 TEST(Traffic, TheFullCacheOnTheDevice) {
   const EngineStats stats = run_traffic({.compressor = "none", .options = options_of(16, 4, 96)}, visitors());
   EXPECT_TRUE(stats.full_on_device);

@@ -345,7 +345,9 @@ void Attention::finish(const AttentionArgs& args, const AttentionBlock& block, c
 
 void Attention::mass(const MassArgs& args) {
   check(args.shape == limits_.shape && args.heads == limits_.heads, "attention runs for the shape it was built for");
-  check(args.rows <= args.queries.capacity, "the queries that vote stand in their ring");
+  check(args.rows <= args.queries.capacity && args.position >= args.queries.origin,
+        "the queries that vote stand in their ring");
+  check(args.tokens <= args.stride && args.added <= args.tokens, "the mass of a head has room");
   const int pages = pages_of(args.tokens);
   const int tasks = (pages + kMassPages - 1) / kMassPages;
   pool_.parallel_for(tasks * args.shape.kv_heads, [&](int i) {
@@ -358,12 +360,13 @@ void Attention::mass_pages(const MassArgs& args, int head, int first_page, int l
   const int group = args.heads / args.shape.kv_heads;
   const int most = stacked_rows_ / group;
   Scratch& s = scratch();
-  float* mass = args.mass + at(head, args.tokens);
-  std::fill(mass + at(first_page, kPageTokens), mass + std::min(args.tokens, last_page * kPageTokens), 0.0f);
+  float* mass = args.mass + at(head, args.stride);
+  const int end = std::min(args.tokens, last_page * kPageTokens);
+  std::fill(mass + std::clamp(args.added, first_page * kPageTokens, end), mass + end, 0.0f);
   for (int first = 0; first < args.rows; first += most) {
     const int rows = std::min(most, args.rows - first);
     for (int r = 0; r < rows; ++r) {
-      const int slot = (args.position + first + r) % args.queries.capacity;
+      const int slot = (args.position + first + r - args.queries.origin) % args.queries.capacity;
       gather_q(args.queries.q + at(slot, args.heads * args.shape.key_dim()), head, r * group, s.q);
       const float* log_sum_exp = args.queries.log_sum_exp + at(slot, args.heads) + at(head, group);
       for (int h = 0; h < group; ++h) {
@@ -403,7 +406,7 @@ void Attention::mass_page(const MassArgs& args, int head, int page, int first_ro
     ops_.rows->mass_page(s.scores.data(), rows, s.visible.data() + first, args.scale * kLog2E,
                          s.log_sum_exp2.data() + first, mass);
   }
-  ops_.rows->add(mass, held, args.mass + at(head, args.tokens) + at(page, kPageTokens));
+  ops_.rows->add(mass, held, args.mass + at(head, args.stride) + at(page, kPageTokens));
 }
 
 }  // namespace vericache

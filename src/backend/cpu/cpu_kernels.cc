@@ -16,6 +16,7 @@
 #include "backend/cpu/residuals.h"
 #include "backend/cpu/scores.h"
 #include "backend/cpu/simd.h"
+#include "backend/cpu/token_scores.h"
 #include "base/check.h"
 #include "base/error.h"
 #include "base/hash.h"
@@ -57,7 +58,8 @@ class CpuKernels final : public Kernels {
         products_(ops_.product, pool_),
         attention_(ops_, pool_, limits),
         packing_(ops_.quant, pool_, limits.shape),
-        scores_(pool_, limits.max_context_tokens),
+        scores_(pool_, limits.max_context_tokens, limits.shape.kv_heads),
+        token_scores_(ops_.product, pool_),
         sequence_of_row_(static_cast<size_t>(limits.max_rows)) {
     marks_.fill(Clock::now());
   }
@@ -107,9 +109,13 @@ class CpuKernels final : public Kernels {
   void pool_mass(const float* mass, int rows, int n, int reach, int always, float* scores) override {
     scores_.pool_mass(mass, rows, n, reach, always, scores);
   }
-  void choose_best(const float* scores, int rows, int n, int count, int* chosen, int stride) override {
-    scores_.choose_best(scores, rows, n, count, chosen, stride);
+  void choose_best(const BestArgs& args) override { scores_.choose_best(args); }
+  void mean_rows(float* values, int rows, int n) override { scores_.mean_rows(values, rows, n); }
+  void count_rows(const int* chosen, int count, int rows, int n, int* counts) override {
+    scores_.count_rows(chosen, count, rows, n, counts);
   }
+  void key_scores(const KeyScoreArgs& args) override { token_scores_.keys(args); }
+  void expected_attention(const ExpectedArgs& args) override { token_scores_.expected(args); }
   void quantize(const QuantizeArgs& args) override { packing_.quantize(args); }
   void gather(const GatherArgs& args) override { packing_.gather(args); }
   void quantize_head_page(const std::byte* source, int tokens, const KvShape& shape, const KvFormat& format,
@@ -146,6 +152,7 @@ class CpuKernels final : public Kernels {
   Attention attention_;
   Packing packing_;
   Scores scores_;
+  TokenScores token_scores_;
   std::vector<const SequenceRows*> sequence_of_row_;
   Mark last_mark_ = 0;
   std::array<Clock::time_point, kMarks> marks_{};
@@ -308,7 +315,7 @@ void CpuKernels::keep_queries(const bf16* q, const float* log_sum_exp, int heads
     const QueryRing& ring = sequence.queries;
     for (int r = std::max(0, sequence.rows - ring.capacity); r < sequence.rows; ++r) {
       const int row = sequence.first_row + r;
-      const int slot = (sequence.position + r) % ring.capacity;
+      const int slot = (sequence.position + r - ring.origin) % ring.capacity;
       std::copy_n(q + at(row, row_values), row_values, ring.q + at(slot, row_values));
       std::copy_n(log_sum_exp + at(row, heads), heads, ring.log_sum_exp + at(slot, heads));
     }

@@ -75,7 +75,10 @@ void Packing::gather(const GatherArgs& args) {
 
 void Packing::gather_page(const GatherArgs& args, int head, int page) {
   const int first = page * kPageTokens;
-  const int count = std::min(kPageTokens, args.count - first);
+  const int count = std::min(kPageTokens, (args.counts == nullptr ? args.count : args.counts[head]) - first);
+  if (count <= 0) {
+    return;
+  }
   const int* chosen = args.chosen + static_cast<ptrdiff_t>(head) * args.stride + first;
   std::byte* target = args.out.head_page(head, page);
   const bool exact = args.out.format.exact();

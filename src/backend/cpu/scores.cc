@@ -81,10 +81,10 @@ void choose_best_of_row(const float* scores, int n, int count, uint64_t* keys, i
 
 }  // namespace
 
-Scores::Scores(ThreadPool& pool, int max_tokens)
+Scores::Scores(ThreadPool& pool, int max_tokens, int kv_heads)
     : pool_(pool),
       max_tokens_(static_cast<size_t>(max_tokens)),
-      keys_(static_cast<size_t>(pool.threads()) * static_cast<size_t>(max_tokens)) {}
+      keys_(static_cast<size_t>(std::max(pool.threads(), kv_heads)) * max_tokens_) {}
 
 void Scores::pool_mass(const float* mass, int rows, int n, int reach, int always, float* scores) {
   const FlushDenormals flush;
@@ -100,13 +100,42 @@ void Scores::pool_mass(const float* mass, int rows, int n, int reach, int always
   });
 }
 
-void Scores::choose_best(const float* scores, int rows, int n, int count, int* chosen, int stride) {
-  check(static_cast<size_t>(n) <= max_tokens_ && count <= n && count <= stride, "the best are some of the tokens");
-  pool_.parallel_for(rows, [&](int row) {
-    choose_best_of_row(scores + static_cast<ptrdiff_t>(row) * n, n, count,
-                       keys_.data() + static_cast<size_t>(ThreadPool::thread_index()) * max_tokens_,
-                       chosen + static_cast<ptrdiff_t>(row) * stride);
+void Scores::choose_best(const BestArgs& args) {
+  const size_t n = static_cast<size_t>(args.n);
+  check(n <= max_tokens_ || (args.rows == 1 && n <= keys_.size()), "rows are as long as a context, or are all in one");
+  check(args.count <= args.n && args.count <= args.stride, "the best are some of the tokens");
+  pool_.parallel_for(args.rows, [&](int row) {
+    const size_t place = args.rows == 1 ? 0 : static_cast<size_t>(ThreadPool::thread_index()) * max_tokens_;
+    choose_best_of_row(args.scores + static_cast<ptrdiff_t>(row) * args.n, args.n,
+                       args.counts == nullptr ? args.count : args.counts[row], keys_.data() + place,
+                       args.chosen + static_cast<ptrdiff_t>(row) * args.stride);
   });
+}
+
+void Scores::mean_rows(float* values, int rows, int n) {
+  const FlushDenormals flush;
+  const int tasks = (n + kPoolTokens - 1) / kPoolTokens;
+  pool_.parallel_for(tasks, [&](int task) {
+    const int last = std::min(n, (task + 1) * kPoolTokens);
+    for (int token = task * kPoolTokens; token < last; ++token) {
+      float sum = 0;
+      for (int row = 0; row < rows; ++row) {
+        sum += values[static_cast<ptrdiff_t>(row) * n + token];
+      }
+      for (int row = 0; row < rows; ++row) {
+        values[static_cast<ptrdiff_t>(row) * n + token] = sum / static_cast<float>(rows);
+      }
+    }
+  });
+}
+
+void Scores::count_rows(const int* chosen, int count, int rows, int n, int* counts) {
+  const int* first = chosen;
+  for (int row = 0; row < rows; ++row) {
+    const int* last = std::lower_bound(first, chosen + count, (row + 1) * n);
+    counts[row] = static_cast<int>(last - first);
+    first = last;
+  }
 }
 
 }  // namespace vericache

@@ -5,22 +5,25 @@
 #include <cstdint>
 #include <vector>
 
+#include "backend/kernels.h"
 #include "base/threads.h"
 
 namespace vericache {
 
 class Scores {
  public:
-  Scores(ThreadPool& pool, int max_tokens);
+  Scores(ThreadPool& pool, int max_tokens, int kv_heads);
 
   // As Kernels of the same names.
   void pool_mass(const float* mass, int rows, int n, int reach, int always, float* scores);
-  void choose_best(const float* scores, int rows, int n, int count, int* chosen, int stride);
+  void choose_best(const BestArgs& args);
+  void mean_rows(float* values, int rows, int n);
+  void count_rows(const int* chosen, int count, int rows, int n, int* counts);
 
  private:
   ThreadPool& pool_;
   size_t max_tokens_;
-  std::vector<uint64_t> keys_;  // (threads, max_tokens)
+  std::vector<uint64_t> keys_;  // (threads, max_tokens), or one row as long as those of all KV heads
 };
 
 }  // namespace vericache

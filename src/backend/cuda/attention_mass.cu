@@ -3,17 +3,15 @@
 // at a time, in rising order.
 #include <cuda_runtime.h>
 
+#include "backend/cuda/key_tile.cuh"
 #include "backend/cuda/ops.h"
-#include "backend/cuda/packed_layout.h"
-#include "backend/cuda/warp_ops.cuh"
 #include "base/check.h"
 
 namespace vericache::cuda {
 namespace {
 
 constexpr int kWarps = 4;
-constexpr int kWarpTokens = 32;
-constexpr int kBlockTokens = kWarps * kWarpTokens;
+constexpr int kBlockTokens = kWarps * kTileTokens;
 constexpr int kThreads = kWarps * 32;
 constexpr int kColumns = 256;  // whose places in the ring are found at once
 constexpr float kLog2E = 1.44269504f;
@@ -30,71 +28,38 @@ __device__ inline Column find_column(const MassArgs& args, int kv_head, int grou
     return {0, -1, 0.0f};
   }
   const int row = column / group;
-  const int slot = (args.position + row) % args.queries.capacity * args.heads + kv_head * group + column % group;
+  const int place = (args.position + row - args.queries.origin) % args.queries.capacity;
+  const int slot = place * args.heads + kv_head * group + column % group;
   return {slot, args.position + row, args.queries.log_sum_exp[slot] * kLog2E};
 }
 
-// 32 tokens. Lane 4 g + c.
 template <int kHeadDim>
-struct Tokens {
-  static constexpr int kGroups = kHeadDim / 32;
-  int first;  // absolute
-  int g;
-  int c;
-  uint4 keys[kGroups][4];  // 8 dims of token 8 i + g
-  float mass[4] = {};      // of token 8 i + g, from the columns 2 c and 2 c + 1 of every eight
-
-  __device__ void load(const LayerKv& kv, int kv_head) {
-    const int page = first / kPageTokens;
-    const int past_pages = kv.tail_position / kPageTokens;
-    const KvView& view = page < past_pages ? kv.past : kv.tail;
-    const std::byte* from = view.head_pages[static_cast<ptrdiff_t>(kv_head) * view.page_stride +
-                                            (page < past_pages ? page : page - past_pages)];
-#pragma unroll
-    for (int dims = 0; dims < kGroups; ++dims) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int token = first % kPageTokens + 8 * i + g;
-        keys[dims][i] = *reinterpret_cast<const uint4*>(from + key_index(token, 32 * dims + 8 * c) * 2);
-      }
-    }
-  }
+struct Tokens : KeyTile<kHeadDim> {
+  using Tile = KeyTile<kHeadDim>;
+  float mass[4] = {};  // of token 8 i + g, from the columns 2 c and 2 c + 1 of every eight
 
   // Eight columns, whose queries lie in q: (slot, head_dim).
   __device__ void meet(const Column* columns, const bf16* q, float scale_log2) {
-    const Column& mine = columns[g];
     float scores[2][4] = {};
-#pragma unroll
-    for (int dims = 0; dims < kGroups; ++dims) {
-      const uint4 query =
-          *reinterpret_cast<const uint4*>(q + static_cast<size_t>(mine.slot) * kHeadDim + 32 * dims + 8 * c);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const uint4& low = keys[dims][2 * i];
-        const uint4& high = keys[dims][2 * i + 1];
-        tensor_step(scores[i], low.x, high.x, low.y, high.y, query.x, query.y);
-        tensor_step(scores[i], low.z, high.z, low.w, high.w, query.z, query.w);
-      }
-    }
+    Tile::products(q + static_cast<size_t>(columns[Tile::g].slot) * kHeadDim, scores);
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
-      const Column& column = columns[2 * c + n];
+      const Column& column = columns[2 * Tile::c + n];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float weight = exp2_approx(fmaf(scores[i / 2][i % 2 * 2 + n], scale_log2, -column.log2_sum));
-        mass[i] += first + 8 * i + g <= column.position ? weight : 0.0f;
+        mass[i] += Tile::token(i) <= column.position ? weight : 0.0f;
       }
     }
   }
 
-  __device__ void write(float* out, int tokens) {
+  __device__ void write(float* out, int added, int tokens) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      mass[i] += __shfl_xor_sync(0xffffffffu, mass[i], 1);
-      mass[i] += __shfl_xor_sync(0xffffffffu, mass[i], 2);
-      const int token = first + 8 * i + g;
-      if (i == c && token < tokens) {
-        out[token] = mass[i];
+      const float sum = Tile::sum_columns(mass[i]);
+      const int token = Tile::token(i);
+      if (i == Tile::c && token < tokens) {
+        out[token] = token < added ? out[token] + sum : sum;
       }
     }
   }
@@ -108,9 +73,7 @@ __global__ void __launch_bounds__(kThreads) attention_mass_kernel(MassArgs args)
   const int kv_head = static_cast<int>(blockIdx.y);
   const int group = args.heads / args.shape.kv_heads;
   Tokens<kHeadDim> tokens;
-  tokens.first = static_cast<int>(blockIdx.x) * kBlockTokens + thread / 32 * kWarpTokens;
-  tokens.g = thread % 32 / 4;
-  tokens.c = thread % 4;
+  tokens.place(static_cast<int>(blockIdx.x) * kBlockTokens + thread / 32 * kTileTokens, thread % 32);
   const bool any = tokens.first < args.tokens;
   if (any) {
     tokens.load(args.kv, kv_head);
@@ -123,11 +86,14 @@ __global__ void __launch_bounds__(kThreads) attention_mass_kernel(MassArgs args)
     __syncthreads();
     const int count = min(kColumns, args.rows * group - first);
     for (int tile = 0; any && tile < count; tile += 8) {
-      tokens.meet(columns + tile, args.queries.q, args.scale * kLog2E);
+      // Positions rise: what the last column does not see, none does.
+      if (columns[min(tile + 8, count) - 1].position >= tokens.first) {
+        tokens.meet(columns + tile, args.queries.q, args.scale * kLog2E);
+      }
     }
   }
   if (any) {
-    tokens.write(args.mass + static_cast<size_t>(kv_head) * args.tokens, args.tokens);
+    tokens.write(args.mass + static_cast<size_t>(kv_head) * args.stride, args.added, args.tokens);
   }
 }
 
@@ -142,7 +108,9 @@ void launch(const MassArgs& args, cudaStream_t stream) {
 }  // namespace
 
 void attention_mass(const MassArgs& args, cudaStream_t stream) {
-  check(args.rows <= args.queries.capacity, "the queries that vote stand in their ring");
+  check(args.rows <= args.queries.capacity && args.position >= args.queries.origin,
+        "the queries that vote stand in their ring");
+  check(args.tokens <= args.stride && args.added <= args.tokens, "the mass of a head has room");
   check(args.kv.past.format.exact() && args.kv.tail.format.exact(), "mass is that of the full KV");
   if (args.tokens == 0) {
     return;

@@ -126,9 +126,13 @@ class CudaKernels final : public Kernels {
   void pool_mass(const float* mass, int rows, int n, int reach, int always, float* scores) override {
     cuda::pool_mass(mass, rows, n, reach, always, scores, stream());
   }
-  void choose_best(const float* scores, int rows, int n, int count, int* chosen, int stride) override {
-    cuda::choose_best(scores, rows, n, count, chosen, stride, stream());
+  void choose_best(const BestArgs& args) override { cuda::choose_best(args, stream()); }
+  void mean_rows(float* values, int rows, int n) override { cuda::mean_rows(values, rows, n, stream()); }
+  void count_rows(const int* chosen, int count, int rows, int n, int* counts) override {
+    cuda::count_rows(chosen, count, rows, n, counts, stream());
   }
+  void key_scores(const KeyScoreArgs& args) override { cuda::key_scores(args, stream()); }
+  void expected_attention(const ExpectedArgs& args) override { cuda::expected_attention(args, stream()); }
   void quantize(const QuantizeArgs& args) override { cuda::quantize(args, stream()); }
   void gather(const GatherArgs& args) override { cuda::gather(args, stream()); }
   void quantize_head_page(const std::byte* source, int tokens, const KvShape& shape, const KvFormat& format,

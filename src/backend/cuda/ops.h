@@ -103,7 +103,15 @@ void attention_mass(const MassArgs& args, cudaStream_t stream);
 
 // scores.cu
 void pool_mass(const float* mass, int rows, int n, int reach, int always, float* scores, cudaStream_t stream);
-void choose_best(const float* scores, int rows, int n, int count, int* chosen, int stride, cudaStream_t stream);
+void choose_best(const BestArgs& args, cudaStream_t stream);
+void mean_rows(float* values, int rows, int n, cudaStream_t stream);
+void count_rows(const int* chosen, int count, int rows, int n, int* counts, cudaStream_t stream);
+
+// key_scores.cu
+void key_scores(const KeyScoreArgs& args, cudaStream_t stream);
+
+// expected_attention.cu
+void expected_attention(const ExpectedArgs& args, cudaStream_t stream);
 
 // sampling.cu
 void choose(const float* logits, const StagedPass& pass, int vocabulary, cudaStream_t stream);

@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kHeadDim)
   quantize_page<kHeadDim>(source, held, format, out);
 }
 
-// Grid (pages of out, heads).
+// Grid (pages of the longest head, heads).
 template <int kHeadDim>
 __global__ void __launch_bounds__(kHeadDim) gather_kernel(GatherArgs args) {
   __shared__ SharedPage<kHeadDim> page;
@@ -54,7 +54,10 @@ __global__ void __launch_bounds__(kHeadDim) gather_kernel(GatherArgs args) {
   __shared__ int slots[kPageTokens];
   const int head = static_cast<int>(blockIdx.y);
   const int first = static_cast<int>(blockIdx.x) * kPageTokens;
-  const int held = min(kPageTokens, args.count - first);
+  const int held = min(kPageTokens, (args.counts == nullptr ? args.count : args.counts[head]) - first);
+  if (held <= 0) {
+    return;  // the head has no such page
+  }
   for (int i = static_cast<int>(threadIdx.x); i < held; i += kHeadDim) {
     const int token = args.chosen[static_cast<ptrdiff_t>(head) * args.stride + first + i];
     pages[i] = full_page(args.full, head, token / kPageTokens);

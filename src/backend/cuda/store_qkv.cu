@@ -139,7 +139,7 @@ __global__ void keep_queries_kernel(const uint4* __restrict__ q, const float* __
   if (place + ring.capacity < sequence.rows || ring.capacity == 0) {
     return;
   }
-  const int slot = (sequence.position + place) % ring.capacity;
+  const int slot = (sequence.position + place - ring.origin) % ring.capacity;
   const uint4* source = q + at(row, vectors);
   auto* target = reinterpret_cast<uint4*>(ring.q) + at(slot, vectors);
   for (int i = static_cast<int>(threadIdx.x); i < vectors; i += static_cast<int>(blockDim.x)) {

@@ -75,7 +75,10 @@ Rows random_rows(const Keys& keys, int heads, int capacity, int count, Random& r
   return rows;
 }
 
-std::vector<float> run(const Keys& keys, const Rows& rows, int past_pages, Random& random) {
+// Rows [first, end) of them, as a ring of their own where they are not all; into `mass` (kv_heads, stride), of which
+// [0, added) are added to.
+void run_rows(const Keys& keys, const Rows& rows, int first, int end, int past_pages, int stride, int added,
+              const DeviceArray<float>& mass, Random& random) {
   const KvShape& shape = keys.shape;
   const int pages = (keys.tokens + kPageTokens - 1) / kPageTokens;
   DevicePages past(shape, {}, past_pages + 1, random);
@@ -89,18 +92,28 @@ std::vector<float> run(const Keys& keys, const Rows& rows, int past_pages, Rando
   past.hold(std::vector<int>(static_cast<size_t>(shape.kv_heads), past_pages * kPageTokens));
   DeviceArray<bf16> q(rows.q);
   DeviceArray<float> log_sum_exp(rows.log_sum_exp);
-  const DeviceArray<float> mass(at(shape.kv_heads, keys.tokens) + 64);
-  cuda::attention_mass({.shape = shape,
-                        .heads = rows.heads,
-                        .scale = rows.scale,
-                        .queries = {q.data(), log_sum_exp.data(), rows.capacity},
-                        .rows = rows.count,
-                        .position = rows.position,
-                        .kv = {past.view(), tail.view(), past_pages * kPageTokens},
-                        .tokens = keys.tokens,
-                        .mass = mass.data()},
-                       nullptr);
+  const bool alone = end - first < rows.count;
+  const int slot = alone ? (rows.position + first) % rows.capacity : 0;
+  cuda::attention_mass(
+      {.shape = shape,
+       .heads = rows.heads,
+       .scale = rows.scale,
+       .queries = {q.data() + at(slot * rows.heads, shape.head_dim), log_sum_exp.data() + at(slot, rows.heads),
+                   alone ? end - first : rows.capacity, alone ? rows.position + first : 0},
+       .rows = end - first,
+       .position = rows.position + first,
+       .kv = {past.view(), tail.view(), past_pages * kPageTokens},
+       .tokens = keys.tokens,
+       .mass = mass.data(),
+       .stride = stride,
+       .added = added},
+      nullptr);
   finish();
+}
+
+std::vector<float> run(const Keys& keys, const Rows& rows, int past_pages, Random& random) {
+  const DeviceArray<float> mass(at(keys.shape.kv_heads, keys.tokens) + 64);
+  run_rows(keys, rows, 0, rows.count, past_pages, keys.tokens, 0, mass, random);
   return mass.read();
 }
 
@@ -138,6 +151,41 @@ TEST(CudaAttentionMass, IsThatOfTheSoftmax) {
     }
     const std::vector<float> elsewhere = run(keys, rows, random.below(pages), random);
     ASSERT_EQ(std::memcmp(mass.data(), elsewhere.data(), mass.size() * sizeof(float)), 0);
+  }
+}
+
+// Row by row, each a ring of its own, on top of what the rows before left; tokens that are new are written.
+TEST(CudaAttentionMass, AddsToWhatOtherRowsLeft) {
+  Random random(82);
+  for (int round = 0; round < 8; ++round) {
+    const KvShape shape{1, random.between(1, 3), 32 * (1 + round % 4)};
+    const Keys keys(shape, random.between(20, 400), random);
+    const int count = random.between(2, 6);
+    const Rows rows = random_rows(keys, 2 * shape.kv_heads, count + random.below(4), count, random);
+    const int pages = (keys.tokens + kPageTokens - 1) / kPageTokens;
+    const std::vector<float> whole = run(keys, rows, random.below(pages), random);
+    const int stride = keys.tokens + random.below(9);
+    const int old = random.below(keys.tokens);  // [old, tokens) hold garbage, what is before is zero
+    std::vector<float> start(at(shape.kv_heads, stride), std::nanf(""));
+    for (int head = 0; head < shape.kv_heads; ++head) {
+      std::fill_n(start.begin() + static_cast<ptrdiff_t>(at(head, stride)), old, 0.0f);
+    }
+    DeviceArray<float> pieces(start);
+    for (int row = 0; row < count; ++row) {
+      run_rows(keys, rows, row, row + 1, random.below(pages), stride, row == 0 ? old : keys.tokens, pieces, random);
+    }
+    const std::vector<float> out = pieces.read();
+    for (int head = 0; head < shape.kv_heads; ++head) {
+      for (int token = 0; token < stride; ++token) {
+        const float have = out[at(head, stride, token)];
+        if (token < keys.tokens) {
+          const float want = whole[at(head, keys.tokens, token)];
+          ASSERT_NEAR(have, want, 1e-4f * want + 1e-7f) << "head " << head << ", token " << token;
+        } else {
+          ASSERT_TRUE(std::isnan(have));
+        }
+      }
+    }
   }
 }
 

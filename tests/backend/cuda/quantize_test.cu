@@ -238,25 +238,31 @@ TEST(CudaQuantize, PagesOfPastAndTail) {
   }
 }
 
-void check_gather(const KvShape& shape, const KvFormat& format, int count, Random& random) {
+// differ: the heads keep fewer than `count`, each its own number.
+void check_gather(const KvShape& shape, const KvFormat& format, int count, bool differ, Random& random) {
   const int pages = 6;
   const Full full(shape, pages, random.below(pages + 1), random);
   Oracle oracle(shape);
   DevicePages out(shape, format, pages, random);
   const int stride = count + random.below(5);
   std::vector<int> chosen(static_cast<size_t>(stride * shape.kv_heads), 1 << 30);
+  std::vector<int> counts(static_cast<size_t>(shape.kv_heads), count);
   for (int head = 0; head < shape.kv_heads; ++head) {
+    int& own = counts[static_cast<size_t>(head)];
+    own = differ ? random.below(count + 1) : count;
     std::vector<int> all = range_of(0, pages * kPageTokens);
     std::shuffle(all.begin(), all.end(), random.engine());
-    std::sort(all.begin(), all.begin() + count);
-    std::copy_n(all.begin(), count, chosen.begin() + head * stride);
+    std::sort(all.begin(), all.begin() + own);
+    std::copy_n(all.begin(), own, chosen.begin() + head * stride);
   }
   const DeviceArray<int> device_chosen(chosen);
+  const DeviceArray<int> device_counts(counts);
   cuda::gather({.shape = shape,
                 .full = full.kv(),
                 .chosen = device_chosen.data(),
                 .stride = stride,
                 .count = count,
+                .counts = differ ? device_counts.data() : nullptr,
                 .out = out.view()},
                nullptr);
   finish();
@@ -264,7 +270,7 @@ void check_gather(const KvShape& shape, const KvFormat& format, int count, Rando
   for (int head = 0; head < shape.kv_heads; ++head) {
     for (int page = 0; page < pages; ++page) {
       const auto& bytes = stored[static_cast<size_t>(head * pages + page)];
-      const int held = std::min(kPageTokens, count - page * kPageTokens);
+      const int held = std::min(kPageTokens, counts[static_cast<size_t>(head)] - page * kPageTokens);
       if (held <= 0) {
         ASSERT_TRUE(untouched(bytes));
         continue;
@@ -284,7 +290,7 @@ TEST(CudaQuantize, GatherKeepsTheChosen) {
       for (const int count : {0, 64, random.between(1, 63), random.between(65, 6 * kPageTokens)}) {
         SCOPED_TRACE(testing::Message() << head_dim << " dims, " << format.key_bits << " and " << format.value_bits
                                         << " bits, " << count << " tokens");
-        check_gather({1, 2, head_dim}, format, count, random);
+        check_gather({1, 3, head_dim}, format, count, random.below(2) == 0, random);
         if (testing::Test::HasFatalFailure()) {
           return;
         }

@@ -1,4 +1,4 @@
-// Tests of pool_mass and choose_best: against the plainest way to say them.
+// Tests of pool_mass, choose_best, mean_rows and count_rows: against the plainest way to say them.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -68,7 +68,8 @@ std::vector<int> best_of(const float* scores, int n, int count) {
   return order;
 }
 
-void expect_best(int rows, int n, int count, int stride, Cases& cases) {
+// differ: each row has a count of its own, `count` at most.
+void expect_best(int rows, int n, int count, int stride, Cases& cases, bool differ = false) {
   std::vector<float> scores;
   for (int row = 0; row < rows; ++row) {
     const std::vector<float> fresh = cases.scores(static_cast<size_t>(n));
@@ -76,11 +77,24 @@ void expect_best(int rows, int n, int count, int stride, Cases& cases) {
   }
   const DeviceArray<float> device(scores);
   const DeviceArray<int> chosen(static_cast<size_t>(rows) * static_cast<size_t>(stride));
-  choose_best(device.data(), rows, n, count, chosen.data(), stride, nullptr);
+  std::vector<int> counts(static_cast<size_t>(rows), count);
+  for (int& one : counts) {
+    one = differ ? cases.below(count + 1) : count;
+  }
+  const DeviceArray<int> device_counts(counts);
+  choose_best({.scores = device.data(),
+               .rows = rows,
+               .n = n,
+               .count = count,
+               .counts = differ ? device_counts.data() : nullptr,
+               .chosen = chosen.data(),
+               .stride = stride},
+              nullptr);
   finish();
   const std::vector<int> out = chosen.read();
   for (int row = 0; row < rows; ++row) {
-    std::vector<int> expected = best_of(scores.data() + static_cast<ptrdiff_t>(row) * n, n, count);
+    std::vector<int> expected =
+        best_of(scores.data() + static_cast<ptrdiff_t>(row) * n, n, counts[static_cast<size_t>(row)]);
     expected.resize(static_cast<size_t>(stride), -1);  // beyond the count nothing is written
     const int* written = out.data() + static_cast<ptrdiff_t>(row) * stride;
     ASSERT_TRUE(std::equal(expected.begin(), expected.end(), written))
@@ -117,6 +131,65 @@ TEST(CudaScores, ChooseBestOfAMillion) {
 TEST(CudaScores, ChooseBestOfManyRows) {
   Cases cases(4);
   expect_best(200, 9001, 2000, 2000, cases);
+}
+
+TEST(CudaScores, ChooseBestOfRowsWithCountsOfTheirOwn) {
+  Cases cases(6);
+  for (const int n : {1, 30, 3000, 32'768}) {
+    for (int round = 0; round < 6; ++round) {
+      const int count = cases.below(n + 1);
+      expect_best(1 + cases.below(9), n, count, count + cases.below(5), cases, true);
+    }
+  }
+}
+
+TEST(CudaScores, ChosenOfAllRowsAreCountedByRows) {
+  Cases cases(7);
+  for (int round = 0; round < 20; ++round) {
+    const int rows = 1 + cases.below(16);
+    const int n = 1 + cases.below(round % 4 == 0 ? 40'000 : 100);
+    const int count = cases.below(rows * n + 1);
+    const std::vector<float> scores = cases.scores(static_cast<size_t>(rows) * static_cast<size_t>(n));
+    const DeviceArray<float> device(scores);
+    const DeviceArray<int> chosen(static_cast<size_t>(count) + 1);
+    const PinnedArray<int> counts(static_cast<size_t>(rows) + 1);
+    choose_best(
+        {.scores = device.data(), .rows = 1, .n = rows * n, .count = count, .chosen = chosen.data(), .stride = count},
+        nullptr);
+    count_rows(chosen.data(), count, rows, n, counts.data(), nullptr);
+    finish();
+    std::vector<int> expected(static_cast<size_t>(rows));
+    for (const int token : best_of(scores.data(), rows * n, count)) {
+      ++expected[static_cast<size_t>(token / n)];
+    }
+    for (int row = 0; row < rows; ++row) {
+      ASSERT_EQ(counts[static_cast<size_t>(row)], expected[static_cast<size_t>(row)]) << "row " << row;
+    }
+    ASSERT_EQ(counts[static_cast<size_t>(rows)], -1);
+  }
+}
+
+TEST(CudaScores, MeanRowsAreAllTheSame) {
+  Cases cases(8);
+  for (const auto& [rows, n] : {std::pair{1, 5}, {3, 1}, {8, 9001}, {7, 256}}) {
+    std::vector<float> values(static_cast<size_t>(rows) * static_cast<size_t>(n));
+    for (float& x : values) {
+      x = cases.uniform();
+    }
+    const DeviceArray<float> device(values);
+    mean_rows(device.data(), rows, n, nullptr);
+    finish();
+    const std::vector<float> out = device.read();
+    for (size_t token = 0; token < static_cast<size_t>(n); ++token) {
+      double sum = 0;
+      for (size_t row = 0; row < static_cast<size_t>(rows); ++row) {
+        sum += static_cast<double>(values[row * static_cast<size_t>(n) + token]);
+      }
+      for (size_t row = 0; row < static_cast<size_t>(rows); ++row) {
+        ASSERT_NEAR(out[row * static_cast<size_t>(n) + token], sum / rows, 1e-6);
+      }
+    }
+  }
 }
 
 TEST(CudaScores, PoolMassIsTheMeanOfTheNeighbours) {
