@@ -67,32 +67,66 @@ struct PackedPart {
     return kKeys ? dim_of(row, lane) : token_of(row, lane);
   }
   __device__ void read_codes(const std::byte* part, int row, int lane, uint32_t (&codes)[kLaneValues]) const {
-    if constexpr (kKeys) {
-      key_codes(part, format, kHeadDim, token_of(row, lane), dim_of(row, lane), codes);
+    const KvPart own = format;
+    if (!chunked(own)) {
+      read_words(part + group_bytes(own, kAffineGroups), own.bits, row, lane, codes);
+    } else if constexpr (kKeys) {
+      key_codes(part, own, kHeadDim, token_of(row, lane), dim_of(row, lane), codes);
     } else {
-      value_codes(part, format, kHeadDim, token_of(row, lane), dim_of(row, lane), codes);
+      value_codes(part, own, kHeadDim, token_of(row, lane), dim_of(row, lane), codes);
     }
   }
   __device__ ResidualGroup affine_group(const std::byte* part, int group) const {
     const AffineBits affine = affine_of(part, group, kAffineGroups);
     return {affine.scale, affine.minimum};
   }
-  __device__ void read_fields(const std::byte* part, int row, int lane, ResidualField (&fields)[kLaneValues]) const {
+  // take(i, code, group) for the lane's values.
+  template <typename Take>
+  __device__ void with_codes(const std::byte* part, int row, int lane, const Take& take) const {
     const KvPart own = format;
     uint32_t codes[kLaneValues];
     read_codes(part, row, lane, codes);
+    uint32_t first[kLaneValues];
+    uint32_t second[kLaneValues] = {};
+    if (!own.by_token()) {
+      const auto* affine = reinterpret_cast<const uint16_t*>(part) + first_affine_group(row, lane);
+      unpack_values(*reinterpret_cast<const uint4*>(affine), first);
+      unpack_values(*reinterpret_cast<const uint4*>(affine + kAffineGroups), second);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kLaneValues; ++i) {
+        const int token = token_of(row, lane) + (kKeys ? 0 : i);
+        first[i] = own.code == KvCode::int8 ? reinterpret_cast<const uint16_t*>(part)[token] : base_of(part, token);
+      }
+    }
 #pragma unroll
     for (int i = 0; i < kLaneValues; ++i) {
-      const int token = token_of(row, lane) + (kKeys ? 0 : i);
-      ResidualGroup group;
-      if (!own.by_token()) {
-        group = affine_group(part, first_affine_group(row, lane) + i);
-      } else if (own.code == KvCode::int8) {
-        group = {reinterpret_cast<const uint16_t*>(part)[token], 0};
-      } else {
-        group = {base_of(part, token), 0};
+      take(i, codes[i], ResidualGroup{first[i], second[i]});
+    }
+  }
+  __device__ void read_fields(const std::byte* part, int row, int lane, ResidualField (&fields)[kLaneValues]) const {
+    with_codes(part, row, lane, [&](int i, uint32_t code, const ResidualGroup& group) {
+      fields[i] = residual_field(format, code, group);
+    });
+  }
+
+ private:
+  // Of packed_layout.h: the 8 codes lie in one word of a plane.
+  __device__ static void read_words(const std::byte* planes, int bits, int row, int lane,
+                                    uint32_t (&codes)[kLaneValues]) {
+    const int width = bits == 2 ? 2 : 4;
+    const CodePlace place = kKeys ? key_place(token_of(row, lane), dim_of(row, lane), width)
+                                  : value_place(token_of(row, lane), dim_of(row, lane), width);
+    const auto* words = reinterpret_cast<const uint32_t*>(planes) + place.word;
+    const uint32_t high = words[0] >> (bits == 2 ? place.shift : 0);
+    const uint32_t low = bits == 8 ? words[plane_bytes(4, kHeadDim) / 4] : 0;
+#pragma unroll
+    for (int i = 0; i < kLaneValues; ++i) {
+      const int shift = pair_shift(i, width, 0);
+      codes[i] = high >> shift & ((1u << width) - 1);
+      if (bits == 8) {
+        codes[i] = codes[i] << 4 | (low >> shift & 15u);
       }
-      fields[i] = residual_field(own, codes[i], group);
     }
   }
 };

@@ -29,11 +29,11 @@ __device__ inline const std::byte* resident_part(const KvView& resident, int hea
 // table of the fields of its codes where they are few.
 template <int kHeadDim>
 struct DecodeMemory {
-  static constexpr int kTableStride = 17;  // words of a group: groups begin in different banks
   static constexpr size_t kBlockBytes =
       (BlockShape<kHeadDim>::kRows * (1 + kRowHalves) * 2 + kResidualUnit - 1) / kResidualUnit * kResidualUnit;
   static constexpr size_t kBehind = 2 * kResidualUnit;  // read by windows that begin in the block
   static constexpr size_t kPackedAt = kBlockBytes + kBehind;
+  static constexpr size_t kTableAlignment = 64;  // of the tables: room of a group, so that a code's place is an OR away
 
   // Exact parts are not brought here.
   __host__ __device__ static constexpr size_t key_bytes(const KvPart& part) {
@@ -43,7 +43,7 @@ struct DecodeMemory {
     return part.exact() ? 0 : value_page_bytes(part, {0, 0, kHeadDim});
   }
   __host__ __device__ static constexpr size_t table_bytes(const KvPart& part, int groups) {
-    return !part.by_token() && part.bits <= 4 ? sizeof(uint32_t) * static_cast<size_t>(groups * kTableStride) : 0;
+    return !part.by_token() && part.bits <= 4 ? sizeof(uint32_t) * static_cast<size_t>(groups << part.bits) : 0;
   }
   static constexpr size_t bytes(bool lossless, const KvFormat& format) {
     return kPackedAt + (lossless ? 0
@@ -51,7 +51,7 @@ struct DecodeMemory {
                                        table_bytes(format.key(), kHeadDim) + table_bytes(format.value(), kPageTokens));
   }
   // 8-bit keys with 4-bit values, the other way round and all others.
-  static constexpr size_t kMostBytes = kPackedAt + key_bytes(KvPart(9)) + value_bytes(KvPart(9)) +
+  static constexpr size_t kMostBytes = kPackedAt + key_bytes(KvPart(9)) + value_bytes(KvPart(9)) + kTableAlignment +
                                        table_bytes(KvPart(4), kHeadDim) + table_bytes(KvPart(4), kPageTokens);
 };
 
@@ -62,15 +62,34 @@ __device__ inline void copy_to_shared(std::byte* target, const std::byte* source
   }
 }
 
+// Where a group's fields stand in the table, in groups. What the lanes of a warp ask for at once are the groups 8 c +
+// i, c = 0 .. 3: bits 0 and 3 changed places, odd c lie in the other half of the banks.
+__device__ inline int table_place(int group) {
+  return (group & ~9) | (group & 1) << 3 | (group >> 3 & 1);
+}
+
 // The fields of all groups and codes of a part. All threads of the block.
-template <int kStride, int kGroups, typename Part>
+template <int kGroups, typename Part>
 __device__ void make_table(const Part& own, const std::byte* part, uint32_t* table) {
   constexpr KvPart kFormat = decltype(own.format)();
   constexpr int kCodes = 1 << kFormat.bits;
   const auto code = threadIdx.x % kCodes;
   for (int group = static_cast<int>(threadIdx.x / kCodes); group < kGroups; group += kThreads / kCodes) {
-    table[group * kStride + static_cast<int>(code)] =
-        pack_field(residual_field(kFormat, code, own.affine_group(part, group)));
+    table[table_place(group) * kCodes + static_cast<int>(code)] =
+        pack_residual_field(kFormat, code, own.affine_group(part, group));
+  }
+}
+
+// The fields of a lane's codes; of its groups, a multiple of 8 and those behind it.
+template <int kBits>
+__device__ inline void look_up(const uint32_t* table, int first_group, const uint32_t (&codes)[kLaneValues],
+                               uint32_t (&fields)[kLaneValues]) {
+  constexpr uint32_t kGroupBytes = 4u << kBits;
+  const uint32_t base = shared_address(table) + static_cast<uint32_t>(table_place(first_group)) * kGroupBytes;
+#pragma unroll
+  for (int i = 0; i < kLaneValues; ++i) {
+    const auto behind = static_cast<uint32_t>((i & 6) | (i & 1) << 3) * kGroupBytes;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(fields[i]) : "r"(((codes[i] << 2) | base) + behind));
   }
 }
 
@@ -80,7 +99,6 @@ __device__ void decode_part(const BlockReader& block, const KvPart& format, cons
                             const std::byte* resident, uint32_t* table, uint4* out) {
   constexpr int kRows = BlockShape<kHeadDim>::kKeyRows;  // as many of V
   constexpr int kFirst = kKeys ? 0 : kRows;
-  constexpr int kStride = DecodeMemory<kHeadDim>::kTableStride;
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   if (format.exact()) {
@@ -92,7 +110,7 @@ __device__ void decode_part(const BlockReader& block, const KvPart& format, cons
   with_part<kHeadDim, kKeys>(format, [&](const auto& own) {
     constexpr bool kTable = kTabulated<std::decay_t<decltype(own.format)>>;
     if constexpr (kTable) {
-      make_table<kStride, kKeys ? kHeadDim : kPageTokens>(own, packed, table);
+      make_table<kKeys ? kHeadDim : kPageTokens>(own, packed, table);
       __syncthreads();
     }
     for (int row = warp; row < kRows; row += kWarps) {
@@ -107,18 +125,12 @@ __device__ void decode_part(const BlockReader& block, const KvPart& format, cons
       if constexpr (kTable) {
         uint32_t codes[kLaneValues];
         own.read_codes(packed, row, lane, codes);
-        const uint32_t* groups = table + own.first_affine_group(row, lane) * kStride;
-#pragma unroll
-        for (int i = 0; i < kLaneValues; ++i) {
-          fields[i] = (groups + codes[i])[i * kStride];
-        }
+        constexpr KvPart kFormat = std::decay_t<decltype(own.format)>();
+        look_up<kFormat.bits>(table, own.first_affine_group(row, lane), codes, fields);
       } else {
-        ResidualField open[kLaneValues];
-        own.read_fields(packed, row, lane, open);
-#pragma unroll
-        for (int i = 0; i < kLaneValues; ++i) {
-          fields[i] = pack_field(open[i]);
-        }
+        own.with_codes(packed, row, lane, [&](int i, uint32_t code, const ResidualGroup& group) {
+          fields[i] = pack_residual_field(own.format, code, group);
+        });
       }
       out[block_row * 32 + lane] = read_coded(block, begin, fields);
     }
@@ -168,7 +180,9 @@ __global__ void __launch_bounds__(kThreads, 4) decode_kernel(DecodeArgs args) {
       out[row * 32 + lane] = raw ? read_raw(block, row_begin, lane) : read_lossless(block, row_begin, lane);
     }
   } else {
-    auto* const table = reinterpret_cast<uint32_t*>(packed_values + Memory::value_bytes(format.value()));
+    const auto behind = reinterpret_cast<uintptr_t>(packed_values + Memory::value_bytes(format.value()));
+    auto* const table = reinterpret_cast<uint32_t*>((behind + Memory::kTableAlignment - 1) / Memory::kTableAlignment *
+                                                    Memory::kTableAlignment);
     decode_part<kHeadDim, true>(block, format.key(), packed_keys, keys, table, out);
     decode_part<kHeadDim, false>(block, format.value(), packed_values, values,
                                  table + Memory::table_bytes(format.key(), kHeadDim) / sizeof(uint32_t), out);
