@@ -1,9 +1,5 @@
 // LaneWire: the wire of a device with lanes of its own. Everything is enqueued ahead and ordered by marks; the host
 // never touches what crosses. Called from the engine's thread.
-//
-// Plain pages are copied into staging slots. Encoded ones are copied into a ring of bytes; the lane that awaits a layer
-// decodes it into staging, so that one slot is enough and the ring's bytes are free again. On their way out pages are
-// encoded into a block of their own; when the host knows their sizes, they are copied to their places.
 #pragma once
 
 #include <deque>
@@ -13,6 +9,9 @@
 
 namespace vericache {
 
+// Plain pages are copied into staging slots. Encoded ones are copied into a ring of bytes; the lane that awaits a layer
+// decodes it into staging, so that one slot is enough and the ring's bytes are free again. On their way out pages are
+// encoded into a block of their own; when the host knows their sizes, they are copied to their places.
 class LaneWire final : public Wire {
  public:
   // host: what the engine's thread and the device both reach.
