@@ -186,6 +186,25 @@ TEST(Engine, EveryFormatGivesTheFullAnswer) {
   }
 }
 
+// Pages that cross the wire as what their resident form lacks, or coded by themselves; late, and some of them broken.
+TEST(Engine, EncodedResidualsGiveTheFullAnswer) {
+  const Outcome reference = run(nullptr, full_mode(), prompts(), 40, 0.7f);
+  for (const char* compressor : {"kivi:bits=4", "kivi:k=8,v=3", "plane:bits=8", "fp8", "int8", "quarot:bits=4",
+                                 "snapkv:budget=0.3", "snapkv:budget=0.3+plane:bits=6"}) {
+    for (const WireForm form : {WireForm::plain, WireForm::coded}) {
+      EngineOptions options = full_mode();
+      options.horizon = 8;
+      options.max_sequences = 3;
+      options.wire_form = form;
+      options.inject_delay_us = 200;
+      options.inject_corruption_every = 151;
+      const Outcome compressed = run(compressor, options, prompts(), 40, 0.7f);
+      expect_identical(reference, compressed, compressor);
+      EXPECT_GT(compressed.stats.wire_in_bytes, 0u);
+    }
+  }
+}
+
 TEST(Engine, StreamingFullKvGivesTheFullAnswer) {
   const Outcome reference = run(nullptr, full_mode(), prompts(), 40, 0.7f);
   EngineOptions options = full_mode();
@@ -196,6 +215,11 @@ TEST(Engine, StreamingFullKvGivesTheFullAnswer) {
   ASSERT_FALSE(streamed.stats.full_on_device);
   EXPECT_GT(streamed.stats.wire_in_bytes, 0u);
   expect_identical(reference, streamed, "streaming");
+  options.wire_form = WireForm::coded;
+  const size_t coded_budget = test::least_budget(*small_model().model, nullptr, options);
+  const Outcome coded = run(nullptr, options, prompts(), 40, 0.7f, coded_budget + coded_budget / 50);
+  expect_identical(reference, coded, "streaming, coded");
+  EXPECT_LT(coded.stats.wire_out_bytes, streamed.stats.wire_out_bytes + 1);
 }
 
 TEST(Engine, InjectedDelaysChangeNothing) {
