@@ -47,7 +47,7 @@ struct DecodeMemory {
   }
   static constexpr size_t bytes(bool lossless, const KvFormat& format) {
     return kPackedAt + (lossless ? 0
-                                 : key_bytes(format.key()) + value_bytes(format.value()) +
+                                 : key_bytes(format.key()) + value_bytes(format.value()) + kTableAlignment +
                                        table_bytes(format.key(), kHeadDim) + table_bytes(format.value(), kPageTokens));
   }
   // 8-bit keys with 4-bit values, the other way round and all others.
