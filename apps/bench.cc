@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "auto_compressor.h"
 #include "base/error.h"
 #include "flags.h"
 #include "kv/tail.h"
@@ -51,6 +52,7 @@ struct Sample {
 
 struct Result {
   std::string mode;
+  std::string compressor;
   int context = 0;
   int prompt_tokens = 0;
   int sequences = 0;      // in flight
@@ -153,6 +155,7 @@ class Contender {
     engine_ = open_engine(session, options, flags.engine.device_memory, compressor, horizon);
     result_.sequences = options.max_sequences;
     result_.mode = compressed ? "compressed" : "full";
+    result_.compressor = compressor;
     result_.context = group.context;
     result_.prompt_tokens = group.longest();
     bytes_ = step_bytes(session, compressed ? make_compressor(compressor).get() : nullptr,
@@ -254,13 +257,33 @@ class Contender {
   Result result_;
 };
 
-PromptGroup gather_group(const BenchFlags& flags, ModelSession& session, int context) {
-  const int count = std::max(flags.mode == "compressed" ? 1 : capacity(flags, session, context, false),
-                             flags.mode == "full" ? 1 : capacity(flags, session, context, true));
+PromptGroup gather_prompts(const BenchFlags& flags, ModelSession& session, int context, int count) {
   if (flags.workload == "code") {
     return text_group(session.tokenizer(), read_prompt_file(flags.prompt_file), context, count);
   }
   return records_group(session.tokenizer(), context, count, flags.sampling.seed);
+}
+
+PromptGroup gather_group(const BenchFlags& flags, ModelSession& session, int context) {
+  const int count = std::max(flags.mode == "compressed" ? 1 : capacity(flags, session, context, false),
+                             flags.mode == "full" ? 1 : capacity(flags, session, context, true));
+  return gather_prompts(flags, session, context, count);
+}
+
+// "auto" stands for something else at every context.
+BenchFlags with_chosen_compressor(const BenchFlags& flags, ModelSession& session, EngineOptions options, int context) {
+  BenchFlags chosen = flags;
+  if (is_auto(flags.policy.compressor) && flags.mode != "full") {
+    options.max_model_len = plan_context(session.config(), options, context, flags.steps, "the context");
+    const PromptGroup group = gather_prompts(flags, session, context, 1);
+    const ChosenPolicy policy =
+        choose_policy(session, options, flags.engine.device_memory, flags.policy, group.prompts, flags.sampling);
+    chosen.policy = {.compressor = policy.compressor, .horizon = fmt::format("{}", policy.horizon)};
+    if (policy.horizon == EngineOptions::kAdaptive) {
+      chosen.policy.horizon = "adaptive";
+    }
+  }
+  return chosen;
 }
 
 std::vector<Result> measure_context(const BenchFlags& flags, ModelSession& session, const PromptGroup& group,
@@ -317,6 +340,7 @@ std::string json_report(const BenchFlags& flags, ModelSession& session, const st
     const std::vector<double> decode = r.sorted(decode_of);
     const std::vector<double> prefill = r.sorted(prefill_of);
     list.push_back({{"mode", r.mode},
+                    {"compressor", r.compressor},
                     {"context", r.context},
                     {"prompt_tokens", r.prompt_tokens},
                     {"prefill_tokens_per_second", r.median(prefill_of)},
@@ -336,17 +360,18 @@ std::string json_report(const BenchFlags& flags, ModelSession& session, const st
                     {"identical", r.identical ? nlohmann::ordered_json(*r.identical) : nlohmann::ordered_json()},
                     {"distinct_8gram_share", r.distinct_8gram_share}});
   }
-  const nlohmann::ordered_json json = {{"model", flags.engine.model.model},
-                                       {"widened_to", session.widened_shape()},
-                                       {"command", flags.command_line},
-                                       {"kernels", std::string(session.kernels().name())},
-                                       {"compressor", make_compressor(flags.policy.compressor)->name()},
-                                       {"workload", flags.workload},
-                                       {"steps", flags.steps},
-                                       {"repeats", flags.repeats},
-                                       {"sequences", flags.sequences},
-                                       {"results", list},
-                                       {"ratios", ratios_json(results)}};
+  const nlohmann::ordered_json json = {
+      {"model", flags.engine.model.model},
+      {"widened_to", session.widened_shape()},
+      {"command", flags.command_line},
+      {"kernels", std::string(session.kernels().name())},
+      {"compressor", is_auto(flags.policy.compressor) ? "auto" : make_compressor(flags.policy.compressor)->name()},
+      {"workload", flags.workload},
+      {"steps", flags.steps},
+      {"repeats", flags.repeats},
+      {"sequences", flags.sequences},
+      {"results", list},
+      {"ratios", ratios_json(results)}};
   return json.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
 }
 
@@ -383,7 +408,9 @@ std::string table(const std::vector<Result>& results) {
 
 int bench(const BenchFlags& flags) {
   horizon_for(flags.policy.horizon, flags.policy.compressor);
-  make_compressor(flags.policy.compressor);
+  if (!is_auto(flags.policy.compressor)) {
+    make_compressor(flags.policy.compressor);
+  }
   validate(flags.sampling);
   if ((flags.workload == "code") != !flags.prompt_file.empty()) {
     throw UsageError("--workload code and --prompt-file go together: the file is the text to read");
@@ -400,13 +427,15 @@ int bench(const BenchFlags& flags) {
   const int context =
       plan_context(session.config(), options, longest, flags.steps, fmt::format("the context {}", longest));
   ProgressLine progress;
-  session.load(most_rows(options), options.max_sequences, context, progress);
+  session.load(rows_with_probe(options, flags.policy.compressor),
+               sequences_with_probe(options, flags.policy.compressor), context, progress);
 
   const std::unique_ptr<Trace> trace = open_trace(flags.engine.trace);
   std::vector<Result> results;
   for (const int wanted : flags.contexts) {
-    const PromptGroup group = gather_group(flags, session, wanted);
-    for (Result& result : measure_context(flags, session, group, trace.get(), progress)) {
+    const BenchFlags here = with_chosen_compressor(flags, session, options, wanted);
+    const PromptGroup group = gather_group(here, session, wanted);
+    for (Result& result : measure_context(here, session, group, trace.get(), progress)) {
       results.push_back(std::move(result));
     }
   }

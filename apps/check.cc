@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "auto_compressor.h"
 #include "base/error.h"
 #include "flags.h"
 #include "model_session.h"
@@ -242,7 +243,9 @@ std::string json_report(const Outcome& outcome, const CheckFlags& flags) {
 
 void validate_matrix(const CheckFlags& flags) {
   for (const std::string& compressor : flags.compressors) {
-    make_compressor(compressor);
+    if (!is_auto(compressor)) {
+      make_compressor(compressor);
+    }
     for (const std::string& horizon : flags.horizons) {
       horizon_for(horizon, compressor);
     }
@@ -254,7 +257,22 @@ void validate_matrix(const CheckFlags& flags) {
   }
 }
 
-int check_identity(const CheckFlags& flags) {
+// What "auto" stands for with these prompts.
+std::vector<std::string> chosen_compressors(const CheckFlags& flags, ModelSession& session, const PromptGroup& group,
+                                            int context) {
+  std::vector<std::string> chosen;
+  EngineOptions options = flags.engine.options;
+  options.max_model_len = context;
+  for (const std::string& compressor : flags.compressors) {
+    const PolicyFlags asked{.compressor = compressor, .horizon = ""};
+    chosen.push_back(
+        choose_policy(session, options, flags.engine.device_memory, asked, group.prompts, flags.sampling).compressor);
+  }
+  return chosen;
+}
+
+int check_identity(const CheckFlags& given) {
+  CheckFlags flags = given;
   validate_matrix(flags);
   ModelSession session(flags.engine.model);
   std::vector<PromptGroup> groups = gather_prompts(flags, session);
@@ -264,10 +282,13 @@ int check_identity(const CheckFlags& flags) {
                                              "the longest prompt"));
   }
   {
+    const bool probes = std::any_of(flags.compressors.begin(), flags.compressors.end(),
+                                    [](const std::string& compressor) { return is_auto(compressor); });
     ProgressLine progress;
     session.load(std::max(most_rows(flags.engine.options), most_rows(EngineOptions{})),
-                 flags.engine.options.max_sequences, context, progress);
+                 sequences_with_probe(flags.engine.options, probes ? "auto" : ""), context, progress);
   }
+  flags.compressors = chosen_compressors(flags, session, groups.front(), context);
   const Outcome outcome = Check(flags, session, std::move(groups)).run();
   if (outcome.mismatches > 0) {
     fmt::print(stderr, "first mismatch: {}\n", outcome.first_mismatch);
@@ -295,7 +316,7 @@ void add_check(CLI::App& app, Command& chosen) {
       app.add_subcommand("check", "Prove that compressed decoding gives the tokens and logits of full-KV decoding");
   auto flags = std::make_shared<CheckFlags>();
   add_engine_flags(*command, flags->engine);
-  add_list(*command, "--compressor", flags->compressors, "Compressor to check")->type_name("NAME[:OPTIONS]");
+  add_list(*command, "--compressor", flags->compressors, "Compressor to check, or auto")->type_name("NAME[:OPTIONS]");
   add_list(*command, "--horizon", flags->horizons, "Horizon to check, a number or 'adaptive'");
   add_list(*command, "--temperature", flags->temperatures, "Temperature to check")->check(CLI::Range(0.0, 100.0));
   add_list(*command, "--context", flags->contexts, "Tokens of the generated documents")->check(CLI::Range(1, 1 << 24));

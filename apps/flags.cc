@@ -138,7 +138,9 @@ void add_engine_flags(CLI::App& command, EngineFlags& flags) {
 
 void add_policy_flags(CLI::App& command, PolicyFlags& flags) {
   command
-      .add_option("--compressor", flags.compressor, "What stays in device memory:\n" + std::string(compressor_help()))
+      .add_option("--compressor", flags.compressor,
+                  "What stays in device memory; auto: what a probe of the first prompts finds fastest here:\n" +
+                      std::string(compressor_help()))
       ->type_name("NAME[:OPTIONS]")
       ->capture_default_str();
   command.add_option(

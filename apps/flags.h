@@ -48,6 +48,7 @@ void add_environment(CLI::App& command);
 void add_generate(CLI::App& app, Command& chosen);
 void add_check(CLI::App& app, Command& chosen);
 void add_bench(CLI::App& app, Command& chosen, const std::string& command_line);
+void add_eval(CLI::App& app, Command& chosen, const std::string& command_line);
 void add_logits(CLI::App& app, Command& chosen);
 void add_inspect(CLI::App& app, Command& chosen);
 

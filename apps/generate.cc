@@ -4,6 +4,7 @@
 #include <memory>
 #include <nlohmann/json.hpp>
 
+#include "auto_compressor.h"
 #include "base/error.h"
 #include "flags.h"
 #include "model_session.h"
@@ -99,6 +100,7 @@ double wire_bytes_per_token(const EngineStats& stats) {
 }
 
 struct Report {
+  ChosenPolicy policy;
   Generated generated;
   size_t residual_bytes = 0;  // of the whole sequence, as it stood at the end
   size_t peak_memory = 0;
@@ -159,6 +161,7 @@ std::string json_report(const Report& report) {
       {"hash", fmt::format("{:016x}", g.transcript.hash())},
       {"prefill_tokens_per_second", g.transcript.prefill_tokens_per_second()},
       {"decode_tokens_per_second", g.transcript.decode_tokens_per_second()},
+      {"compressor", make_compressor(report.policy.compressor)->name()},
       {"speculation", speculation_json(g.stats.speculation)},
       {"wire_bytes_per_token", wire_bytes_per_token(g.stats)},
       {"residual_bytes", report.residual_bytes},
@@ -167,6 +170,9 @@ std::string json_report(const Report& report) {
       {"memory", memory_json(g.stats)},
       {"peak_memory_bytes", report.peak_memory},
   };
+  if (!report.policy.reason.empty()) {
+    json["compressor_reason"] = report.policy.reason;
+  }
   if (report.full) {
     const Comparison& c = report.full->comparison;
     json["compare_full"] = {
@@ -185,8 +191,10 @@ std::string json_report(const Report& report) {
 }
 
 int generate(const GenerateFlags& flags) {
-  const int horizon = horizon_for(flags.policy.horizon, flags.policy.compressor);
-  const std::unique_ptr<Compressor> compressor = make_compressor(flags.policy.compressor);
+  horizon_for(flags.policy.horizon, flags.policy.compressor);
+  if (!is_auto(flags.policy.compressor)) {
+    make_compressor(flags.policy.compressor);
+  }
   validate(flags.sampling);
   ModelSession session(flags.engine.model);
   const Tokenizer& tokenizer = session.tokenizer();
@@ -204,19 +212,23 @@ int generate(const GenerateFlags& flags) {
   const std::unique_ptr<Trace> trace = open_trace(flags.engine.trace);
   options.trace = trace.get();
   ProgressLine progress;
-  session.load(most_rows(options), options.max_sequences, options.max_model_len, progress);
+  session.load(rows_with_probe(options, flags.policy.compressor),
+               sequences_with_probe(options, flags.policy.compressor), options.max_model_len, progress);
 
-  interrupt_once();
   Report report;
+  report.policy =
+      choose_policy(session, options, flags.engine.device_memory, flags.policy, {&request.prompt, 1}, flags.sampling);
+  interrupt_once();
   {
     const OpenEngine engine =
-        open_engine(session, options, flags.engine.device_memory, flags.policy.compressor, horizon);
+        open_engine(session, options, flags.engine.device_memory, report.policy.compressor, report.policy.horizon);
     report.generated = generate_once(*engine.engine, request, flags, tokenizer, !flags.json, "reading");
   }
   report.peak_memory = peak_memory_bytes();
-  report.residual_bytes = compressor->wire_bytes(
-      report.generated.transcript.prompt_tokens + static_cast<int>(report.generated.transcript.tokens.size()),
-      session.kv_shape());
+  report.residual_bytes = make_compressor(report.policy.compressor)
+                              ->wire_bytes(report.generated.transcript.prompt_tokens +
+                                               static_cast<int>(report.generated.transcript.tokens.size()),
+                                           session.kv_shape());
   if (flags.compare_full && interrupted == 0) {
     const OpenEngine engine = open_engine(session, options, flags.engine.device_memory, "none", 0);
     Generated full =
@@ -261,6 +273,7 @@ void add_generate(CLI::App& app, Command& chosen) {
   command->footer(R"(Examples:
   vericache generate --model build/models/vericode-26m --prompt-file examples/tool-calls-8k.txt --max-tokens 800 --compare-full
   echo 'def fibonacci(n):' | vericache generate --model build/models/vericode-26m --temperature 0.7 --seed 1
+  vericache generate --model DIR --prompt-file F --compressor auto --device-memory 1Gi
   vericache generate --model DIR --prompt-file F --compressor snapkv:budget=0.2 --device-memory 128Mi --wire-gbps 2)");
   command->callback([flags, text, &chosen] {
     flags->prompt.text_given = text->count() > 0;

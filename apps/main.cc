@@ -118,6 +118,7 @@ int run(int argc, char** argv) {
   add_generate(app, chosen);
   add_check(app, chosen);
   add_bench(app, chosen, command_line(argc, argv));
+  add_eval(app, chosen, command_line(argc, argv));
   add_logits(app, chosen);
   add_inspect(app, chosen);
   if (argc > 1) {

@@ -66,10 +66,7 @@ void ModelSession::load(int max_rows, int max_sequences, int max_context, Progre
   transformer_ = std::make_unique<Transformer>(config_, weights_, *kernels_);
 }
 
-namespace {
-
-// A device for an engine's pools: what the budget leaves beside the weights and the kernels' own memory.
-std::unique_ptr<Device> pool_device(ModelSession& session, size_t device_memory) {
+std::unique_ptr<Device> open_pool_device(ModelSession& session, size_t device_memory) {
   const size_t taken = session.weight_bytes() + session.kernels().device_bytes();
   if (device_memory != 0 && device_memory <= taken) {
     throw Error("--device-memory {} is less than the weights alone take, with the kernels' scratch ({}): raise it",
@@ -77,8 +74,6 @@ std::unique_ptr<Device> pool_device(ModelSession& session, size_t device_memory)
   }
   return make_device(session.device_kind(), device_memory == 0 ? kUnlimited : device_memory - taken);
 }
-
-}  // namespace
 
 std::unique_ptr<Trace> open_trace(const std::string& path) {
   return path.empty() ? nullptr : std::make_unique<Trace>(path);
@@ -90,7 +85,7 @@ OpenEngine open_engine(ModelSession& session, const EngineOptions& options, size
   engine_options.horizon = horizon;
   std::unique_ptr<Compressor> chosen = horizon == 0 ? nullptr : make_compressor(compressor);
   OpenEngine open;
-  open.device = pool_device(session, device_memory);
+  open.device = open_pool_device(session, device_memory);
   open.engine = std::make_unique<Engine>(session.transformer(), *open.device, std::move(chosen), engine_options);
   return open;
 }
@@ -100,8 +95,8 @@ int engine_capacity(ModelSession& session, const EngineOptions& options, size_t 
   EngineOptions engine_options = options;
   engine_options.horizon = horizon;
   const std::unique_ptr<Compressor> chosen = horizon == 0 ? nullptr : make_compressor(compressor);
-  return sequences_that_fit(session.transformer(), chosen.get(), engine_options, *pool_device(session, device_memory),
-                            most);
+  return sequences_that_fit(session.transformer(), chosen.get(), engine_options,
+                            *open_pool_device(session, device_memory), most);
 }
 
 int plan_context(const ModelConfig& config, const EngineOptions& options, int prompt_tokens, int max_tokens,

@@ -64,6 +64,9 @@ class ModelSession {
 // What the lanes do goes to this file; null for an empty path.
 std::unique_ptr<Trace> open_trace(const std::string& path);
 
+// A device for an engine's pools: what the budget leaves beside the weights and the kernels' own memory. 0 = unlimited.
+std::unique_ptr<Device> open_pool_device(ModelSession& session, size_t device_memory);
+
 // An engine and the device that its pools live in.
 struct OpenEngine {
   std::unique_ptr<Device> device;

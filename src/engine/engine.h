@@ -80,6 +80,9 @@ struct EngineStats {
   size_t peak_resident_bytes = 0;  // compressed KV held at once, all sequences
   size_t peak_full_bytes = 0;      // full KV held at once outside the device (or in it, where it fits)
   bool full_on_device = false;     // the full KV fits and stays there: nothing crosses the wire
+  // What was brought in for passes that judged drafts, and the tokens whose full KV it completed.
+  size_t verify_wire_bytes = 0;
+  int64_t verify_wire_tokens = 0;
 };
 
 class Engine {

@@ -15,9 +15,11 @@ constexpr int kMostRestarts = 8;
 void Engine::State::finish_pass(FullPass& pass) {
   int deciders = 0;
   int prefill_rows = 0;
+  bool verifies = false;
   for (const FullPassMember& member : pass.members()) {
     deciders += member.decides ? 1 : 0;
     prefill_rows += member.backlog_rows - (member.decides ? 1 : 0);
+    verifies = verifies || member.drafts > 0;
   }
   const size_t crossed = pass.fetch() != nullptr ? pass.fetch()->bytes() : 0;
   const double wire_seconds = pass.fetch() != nullptr ? pass.fetch()->busy_seconds() : 0;
@@ -30,6 +32,10 @@ void Engine::State::finish_pass(FullPass& pass) {
   stats.wire_seconds += wire_seconds;
   ++stats.full_passes;
   stats.wire_in_bytes_decode += deciders > 0 ? crossed : 0;
+  if (verifies) {
+    stats.verify_wire_bytes += crossed;
+    stats.verify_wire_tokens += pass.fetch() != nullptr ? int64_t{pass.past_pages()} * kPageTokens : 0;
+  }
   stats.decode_passes += deciders > 0 ? 1 : 0;
   if (pass.past_pages() > 0) {
     wire_page_seconds = wire_seconds / pass.past_pages();

@@ -14,11 +14,12 @@ import subprocess
 import sys
 import tempfile
 import unittest
+import xml.etree.ElementTree
 
 BINARY = ""
 MODEL = ""
 DOCUMENT = pathlib.Path(__file__).resolve().parents[2] / "examples" / "tool-calls-8k.txt"
-COMMANDS = ["generate", "check", "bench", "logits", "inspect"]
+COMMANDS = ["generate", "check", "bench", "eval", "logits", "inspect"]
 FUNCTION = "def fibonacci(n):\n"
 
 
@@ -360,6 +361,128 @@ class Bench(Folder):
         table = done.stdout.decode()
         self.assertRegex(table, r"\n +256 full ")
         self.assertNotIn("compressed", table)
+
+
+class Eval(Folder):
+    def evaluate(self, *args):
+        """The report, the page and the table of a small evaluation."""
+        files = [self.folder / "eval.json", self.folder / "eval.html"]
+        done = run("eval", "--model", MODEL, "--json", files[0], "--html", files[1], *args)
+        self.assertEqual(done.returncode, 0, done.stderr.decode())
+        return json.loads(files[0].read_text()), files[1].read_text(), done.stdout.decode()
+
+    def test_verified_equals_full_and_lossy_does_not(self):
+        source = self.folder / "tree"
+        (source / "part").mkdir(parents=True)
+        for i in range(30):
+            lines = "".join(f"    total = total * {i + 2} + x[{k}]  # <{k}>\n" for k in range(12))
+            (source / "part" / f"f{i}.py").write_text(f"def f{i}(x):\n    total = {i}\n{lines}    return total\n")
+        report, page, table = self.evaluate("--workload", "code", "--workload", "calls", "--workload", "needle", "--contexts", 900,
+                                            "--documents", 2, "--steps", 60, "--source", source, "--compressor", "none",
+                                            "--compressor", "kivi:bits=2", "--compressor", "snapkv:budget=@", "--budget", 70,
+                                            "--temperature", 0, "--temperature", 0.6)
+        self.assertTrue(report["identical"])
+        self.assertIn("tree (30 files)", report["source"])
+        cells = report["cells"]
+        self.assertEqual([c["compressor"] for c in cells], ["none", "kivi:bits=2", "snapkv:budget=70"] * 6)
+        self.assertEqual([c["workload"] for c in cells], ["code"] * 6 + ["calls"] * 6 + ["needle"] * 6)
+        for cell in cells:
+            self.assertTrue(cell["identical"])
+            self.assertIsNone(cell["first_mismatch"])
+            self.assertEqual(cell["vericache"], cell["full"], "VeriCache answers what the full cache answers")
+            self.assertEqual(cell["full"] is None, cell["workload"] == "code")
+            rounds = list(cell["tokens_per_round"].values())
+            self.assertEqual(list(cell["tokens_per_round"]), ["4", "16", "64", "128"])
+            self.assertEqual(rounds, sorted(rounds), "a longer horizon never takes more rounds")
+            self.assertTrue(1 <= rounds[0] <= 5)
+            if cell["compressor"] == "none":
+                self.assertEqual((cell["agreement"], cell["lossy_alone_same_text"]), (1, 2))
+                self.assertEqual(cell["lossy_alone"], cell["full"])
+                self.assertEqual((cell["resident_bits_per_value"], cell["wire_bits_per_value"]), (16, None))
+                self.assertEqual(cell["verify_wire_bytes"], 0)
+            elif cell["compressor"] == "kivi:bits=2":
+                self.assertTrue(2 < cell["resident_bits_per_value"] < 3)
+                self.assertEqual(cell["wire_bits_per_value"], 16)
+            if cell["compressor"] != "none" and cell["workload"] != "needle":
+                self.assertLess(cell["agreement"], 1)
+                self.assertLess(cell["lossy_alone_same_text"], 2, "a very lossy cache by itself says something else")
+                self.assertGreater(cell["wire_bytes_per_accepted_token"], 0)
+        greedy_calls = [c for c in cells if c["workload"] == "calls" and c["temperature"] == 0]
+        for cell in greedy_calls[1:]:
+            self.assertLess(cell["lossy_alone"]["items_share"], greedy_calls[0]["full"]["items_share"])
+
+        tree = xml.etree.ElementTree.fromstring(page)
+        svg = "{http://www.w3.org/2000/svg}"
+        self.assertEqual(len(list(tree.iter(svg + "svg"))), 3)
+        self.assertEqual(len(list(tree.iter("table"))), 3)
+        self.assertEqual(len(list(tree.iter(svg + "rect"))), 18 * 3)
+        self.assertEqual(len(list(tree.iter("tr"))), 18 + 3)
+        self.assertNotIn("<script", page)
+        self.assertEqual(table.count("kivi:bits=2"), 6)
+        self.assertIn("teacher-forced", table)
+        self.assertNotIn(" NO\n", table)
+
+    def test_long_tasks_are_asked(self):
+        report, page, _ = self.evaluate("--contexts", 500, "--documents", 1, "--compressor", "kivi:bits=2", "--horizon", 8, "--workload",
+                                        "multikey", "--workload", "multivalue", "--workload", "multiquery", "--workload", "variables",
+                                        "--workload", "common-words", "--workload", "frequent-words", "--workload", "export",
+                                        "--answer-tokens", 60)
+        self.assertEqual(len(report["cells"]), 7)
+        for cell in report["cells"]:
+            self.assertEqual(cell["vericache"], cell["full"])
+        xml.etree.ElementTree.fromstring(page)
+
+    def test_bad_requests(self):
+        def refused(code, message, *args):
+            done = run("eval", "--model", MODEL, *args)
+            self.assertEqual(done.returncode, code, done.stderr.decode())
+            self.assertRegex(done.stderr.decode(), message)
+            self.assertEqual(done.stdout, b"")
+
+        refused(2, "--workload 'poetry' is unknown; there is: code, calls", "--workload", "poetry")
+        refused(2, "asks for budgets.*--budget", "--compressor", "snapkv:budget=@")
+        refused(2, "stands for the @", "--budget", "0.5")
+        refused(2, "--horizon 0 drafts nothing", "--horizon", "0")
+        refused(1, "--source .* neither a directory", "--workload", "code", "--source", self.folder / "nowhere")
+        refused(1, "--source .* holds no source files", "--workload", "code", "--source", self.folder)
+        self.file("small.py", "x = 1\n")
+        refused(1, "too few for a context of 500.*--source", "--workload", "code", "--source", self.folder, "--contexts", 500)
+        refused(1, "cannot be written", "--workload", "needle", "--json", self.folder / "no" / "where.json")
+        refused(1, "context holds 32768", "--workload", "needle", "--contexts", 32768)
+
+
+class Auto(Folder):
+    def test_generate_says_why(self):
+        done = run("generate", "--model", MODEL, "--prompt", FUNCTION, "--max-tokens", 12, "--compressor", "auto", "--compare-full", "--json")
+        self.assertEqual(done.returncode, 0, done.stderr.decode())
+        told = json.loads(done.stdout)
+        self.assertTrue(told["compare_full"]["identical"])
+        self.assertRegex(told["compressor_reason"], r"^[a-z].*tokens/s expected.*; next best ")
+        self.assertTrue(told["compressor_reason"].startswith(told["compressor"] + ": "))
+        self.assertEqual(done.stderr.decode().count("compressor auto: "), 1)
+        self.assertNotIn("compressor_reason", generate("--max-tokens", 2))
+
+    def test_a_tight_device_gets_a_compressed_cache(self):
+        prompt = DOCUMENT.read_text()[:24000]
+        done = run("generate", "--model", MODEL, "--prompt", prompt, "--max-tokens", 12, "--compressor", "auto", "--device-memory", "28M",
+                   "--wire-gbps", 0.1, "--prefill-chunk", 160, "--max-horizon", 32, "--json", "--ring-layers", 1)
+        self.assertEqual(done.returncode, 0, done.stderr.decode())
+        self.assertNotEqual(json.loads(done.stdout)["compressor"], "none")
+
+    def test_check_and_bench(self):
+        done = run("check", "--model", MODEL, "--compressor", "auto", "--horizon", 4, "--temperature", 0, "--context", 300, "--documents", 1,
+                   "--max-tokens", 8)
+        self.assertEqual(done.returncode, 0, done.stderr.decode())
+        self.assertIn("compressor auto: ", done.stderr.decode())
+        done = run("bench", "--model", MODEL, "--contexts", "300", "--steps", 8, "--repeats", 1, "--compressor", "auto", "--json")
+        self.assertEqual(done.returncode, 0, done.stderr.decode())
+        report = json.loads(done.stdout)
+        self.assertEqual((report["compressor"], report["results"][0]["compressor"]), ("auto", "none"))
+        self.assertIn(report["results"][1]["compressor"] + ": ", done.stderr.decode())
+
+    def test_horizon_zero_is_refused(self):
+        done = run("generate", "--model", MODEL, "--prompt", "x", "--compressor", "auto", "--horizon", 0)
+        self.assertEqual(done.returncode, 2)
 
 
 class Logits(Folder):

@@ -200,7 +200,7 @@ TEST(Engine, EncodedResidualsGiveTheFullAnswer) {
       options.inject_corruption_every = 151;
       const Outcome compressed = run(compressor, options, prompts(), 40, 0.7f);
       expect_identical(reference, compressed, compressor);
-      EXPECT_GT(compressed.stats.wire_in_bytes, 0u);
+      EXPECT_GT(compressed.stats.wire_out_bytes, 0u);
     }
   }
 }

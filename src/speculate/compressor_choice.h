@@ -1,0 +1,58 @@
+// The choice of a compressor: which of several promises the most tokens a second, from what was measured of them.
+// Pure: numbers in, numbers out; any thread.
+#pragma once
+
+#include <cstddef>
+#include <span>
+#include <string>
+#include <vector>
+
+namespace vericache {
+
+// One way to decode, as it was measured.
+struct CompressorCandidate {
+  std::string name;
+  bool drafts = true;         // else every token is a pass over the full KV
+  size_t fixed_bytes = 0;     // of device memory, however many sequences there are; it has to hold one at least
+  size_t sequence_bytes = 0;  // of device memory, of one sequence: its resident KV first of all
+  size_t wire_bytes = 0;      // that one verification of one sequence brings in
+  double agreed = 0;          // draft tokens that were the exact ones
+  double judged = 0;          // of so many
+  double draft_base = 0;      // seconds of a draft step of n sequences: base + n * row
+  double draft_row = 0;
+};
+
+struct DecodingCircumstances {
+  size_t device_bytes = 0;           // left beside the weights
+  double wire_bytes_per_second = 0;  // 0 = nothing has to be waited for
+  double verify_base = 0;            // seconds of an exact pass of n rows: base + n * row
+  double verify_row = 0;
+  int sequences = 1;      // wanted in flight
+  int least_horizon = 1;  // the same twice = a fixed horizon
+  int most_horizon = 64;
+};
+
+enum class DecodingBound { memory, draft, wire, verify };
+
+struct CompressorForecast {
+  double tokens_per_second = 0;                 // 0 = not even one sequence fits
+  int sequences = 0;                            // that fit, of those that are wanted
+  int horizon = 0;                              // at which it is best; 0 = it does not draft
+  double agreement = 0;                         // expected of the next draft token
+  DecodingBound bound = DecodingBound::memory;  // what takes most of its time
+};
+
+struct CompressorChoice {
+  int winner = -1;                            // -1 = nothing fits
+  std::vector<CompressorForecast> forecasts;  // one for each candidate
+  std::string reason;                         // one line
+};
+
+// Few judged tokens say little: agreement is taken as if one more had agreed and one more not.
+CompressorForecast forecast(const CompressorCandidate& candidate, const DecodingCircumstances& circumstances);
+
+// The candidate of the best forecast; the earlier one where two are equal.
+CompressorChoice choose_compressor(std::span<const CompressorCandidate> candidates,
+                                   const DecodingCircumstances& circumstances);
+
+}  // namespace vericache
