@@ -26,7 +26,7 @@ struct ProbeRequest {
   std::vector<std::vector<TokenId>> prompts;  // one or two are plenty; each is read once
   Sampling sampling;
   int tokens = 128;  // scored after each prompt
-  int batch = 32;   // scored at once; the kernels' sequences at most
+  int batch = 32;    // scored at once; the kernels' sequences at most
 };
 
 struct ProbeReport {
