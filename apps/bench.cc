@@ -1,7 +1,6 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <deque>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -10,13 +9,13 @@
 
 #include "auto_compressor.h"
 #include "base/error.h"
+#include "bench_report.h"
 #include "flags.h"
 #include "kv/tail.h"
 #include "model_session.h"
 #include "prompts.h"
 #include "read_ceiling.h"
 #include "terminal.h"
-#include "transcript.h"
 #include "workload.h"
 
 namespace vericache {
@@ -38,71 +37,6 @@ struct BenchFlags {
   bool json = false;
   std::string command_line;
 };
-
-struct Sample {
-  double prefill = 0;  // tokens/s, all sequences together
-  double decode = 0;
-  double wire_bytes_per_token = 0;
-  double read_gbps = 0;
-  double wire_share = 0;  // of the time in which something came in
-  double wire_gbps = 0;   // while it did
-  SequenceStats speculation;
-  std::deque<Transcript> transcripts;
-};
-
-struct Result {
-  std::string mode;
-  std::string compressor;
-  int context = 0;
-  int prompt_tokens = 0;
-  int sequences = 0;      // in flight
-  size_t peak_bytes = 0;  // of device memory: weights, kernels' own, pools
-  std::vector<Sample> samples;
-  std::optional<bool> identical;  // to the full mode of the same repeat
-  double distinct_8gram_share = 0;
-  bool full_on_device = false;
-  size_t step_bytes = 0;    // that one step of its decoding (compressed: of its drafting) reads
-  double read_ceiling = 0;  // GB/s of reading as many bytes again and again
-
-  template <typename Value>
-  std::vector<double> sorted(const Value& value) const {
-    std::vector<double> values;
-    values.reserve(samples.size());
-    for (const Sample& sample : samples) {
-      values.push_back(value(sample));
-    }
-    std::sort(values.begin(), values.end());
-    return values;
-  }
-  template <typename Value>
-  double median(const Value& value) const {
-    const std::vector<double> values = sorted(value);
-    const size_t middle = values.size() / 2;
-    return values.size() % 2 == 1 ? values[middle] : (values[middle - 1] + values[middle]) / 2;
-  }
-};
-
-double prefill_of(const Sample& s) {
-  return s.prefill;
-}
-double decode_of(const Sample& s) {
-  return s.decode;
-}
-double wire_of(const Sample& s) {
-  return s.wire_bytes_per_token;
-}
-double read_of(const Sample& s) {
-  return s.read_gbps;
-}
-double wire_share_of(const Sample& s) {
-  return s.wire_share;
-}
-double wire_gbps_of(const Sample& s) {
-  return s.wire_gbps;
-}
-double accepted_of(const Sample& s) {
-  return per_round(s.speculation);
-}
 
 // What one step of decoding reads: every matrix once, and the KV of every sequence.
 struct StepBytes {
@@ -168,7 +102,7 @@ class Contender {
   }
 
   void measure() {
-    Sample sample;
+    BenchSample sample;
     sample.transcripts.resize(static_cast<size_t>(result_.sequences));
     engine_->hold_decoding(true);
     const double start = now_seconds();
@@ -200,7 +134,7 @@ class Contender {
   }
 
   // Takes the texts of the first repeat for the share of distinct 8-grams, and the comparison where there is one.
-  Result result(const Contender* reference) {
+  BenchResult result(const Contender* reference) {
     std::vector<std::vector<TokenId>> texts;
     for (const Transcript& transcript : result_.samples.front().transcripts) {
       texts.push_back(transcript.ids());
@@ -222,7 +156,7 @@ class Contender {
   }
 
  private:
-  void finish(Sample& sample, double start, double decoding, double end, const EngineStats& before) {
+  void finish(BenchSample& sample, double start, double decoding, double end, const EngineStats& before) {
     const EngineStats& after = engine_->stats();
     double prompt_tokens = 0;
     for (const Transcript& transcript : sample.transcripts) {
@@ -254,7 +188,7 @@ class Contender {
   const PromptGroup& group_;
   OpenEngine engine_;
   StepBytes bytes_;
-  Result result_;
+  BenchResult result_;
 };
 
 PromptGroup gather_prompts(const BenchFlags& flags, ModelSession& session, int context, int count) {
@@ -286,8 +220,8 @@ BenchFlags with_chosen_compressor(const BenchFlags& flags, ModelSession& session
   return chosen;
 }
 
-std::vector<Result> measure_context(const BenchFlags& flags, ModelSession& session, const PromptGroup& group,
-                                    Trace* trace, ProgressLine& progress) {
+std::vector<BenchResult> measure_context(const BenchFlags& flags, ModelSession& session, const PromptGroup& group,
+                                         Trace* trace, ProgressLine& progress) {
   std::optional<Contender> full;
   std::optional<Contender> compressed;
   if (flags.mode != "compressed") {
@@ -305,105 +239,18 @@ std::vector<Result> measure_context(const BenchFlags& flags, ModelSession& sessi
     }
   }
   progress.clear();
-  std::vector<Result> results;
+  std::vector<BenchResult> results;
   if (full) {
     results.push_back(full->result(nullptr));
   }
   if (compressed) {
     results.push_back(compressed->result(full ? &*full : nullptr));
   }
-  for (Result& result : results) {
+  for (BenchResult& result : results) {
     result.read_ceiling =
         read_ceiling_gbps(session.device_kind(), session.kernels(), session.threads(), result.step_bytes);
   }
   return results;
-}
-
-// compressed / full at one context, where both were measured.
-nlohmann::ordered_json ratios_json(const std::vector<Result>& results) {
-  nlohmann::ordered_json ratios = nlohmann::ordered_json::array();
-  for (size_t i = 0; i + 1 < results.size(); ++i) {
-    const Result& a = results[i];
-    const Result& b = results[i + 1];
-    if (a.mode == "full" && b.mode == "compressed" && a.context == b.context) {
-      ratios.push_back({{"context", a.context},
-                        {"decode", b.median(decode_of) / a.median(decode_of)},
-                        {"prefill", b.median(prefill_of) / a.median(prefill_of)}});
-    }
-  }
-  return ratios;
-}
-
-std::string json_report(const BenchFlags& flags, ModelSession& session, const std::vector<Result>& results) {
-  nlohmann::ordered_json list = nlohmann::ordered_json::array();
-  for (const Result& r : results) {
-    const std::vector<double> decode = r.sorted(decode_of);
-    const std::vector<double> prefill = r.sorted(prefill_of);
-    list.push_back({{"mode", r.mode},
-                    {"compressor", r.compressor},
-                    {"context", r.context},
-                    {"prompt_tokens", r.prompt_tokens},
-                    {"prefill_tokens_per_second", r.median(prefill_of)},
-                    {"prefill_spread", {prefill.front(), prefill.back()}},
-                    {"decode_tokens_per_second", r.median(decode_of)},
-                    {"decode_spread", {decode.front(), decode.back()}},
-                    {"accepted_per_round", r.median(accepted_of)},
-                    {"wire_bytes_per_token", r.median(wire_of)},
-                    {"read_gbps", r.median(read_of)},
-                    {"read_ceiling_gbps", r.read_ceiling},
-                    {"read_share_of_ceiling", r.median(read_of) / r.read_ceiling},
-                    {"wire_share_of_time", r.median(wire_share_of)},
-                    {"wire_gbps", r.median(wire_gbps_of)},
-                    {"sequences", r.sequences},
-                    {"device_bytes", r.peak_bytes},
-                    {"full_on_device", r.full_on_device},
-                    {"identical", r.identical ? nlohmann::ordered_json(*r.identical) : nlohmann::ordered_json()},
-                    {"distinct_8gram_share", r.distinct_8gram_share}});
-  }
-  const nlohmann::ordered_json json = {
-      {"model", flags.engine.model.model},
-      {"widened_to", session.widened_shape()},
-      {"command", flags.command_line},
-      {"kernels", std::string(session.kernels().name())},
-      {"compressor", is_auto(flags.policy.compressor) ? "auto" : make_compressor(flags.policy.compressor)->name()},
-      {"workload", flags.workload},
-      {"steps", flags.steps},
-      {"repeats", flags.repeats},
-      {"sequences", flags.sequences},
-      {"results", list},
-      {"ratios", ratios_json(results)}};
-  return json.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
-}
-
-std::string table(const std::vector<Result>& results) {
-  std::string out =
-      fmt::format("{:>8} {:<10} {:>9} {:>13} {:>12} {:>17} {:>14} {:>12} {:>14} {:>14} {:>10} {:>9} {:>7}\n", "context",
-                  "mode", "sequences", "prefill tok/s", "decode tok/s", "[least, most]", "accepted/round", "wire/token",
-                  "wire GB/s", "read GB/s", "memory", "identical", "8-grams");
-  for (const Result& r : results) {
-    const std::vector<double> decode = r.sorted(decode_of);
-    out += fmt::format(
-        "{:>8} {:<10} {:>9} {:>13.0f} {:>12.1f} {:>17} {:>14.1f} {:>12} {:>14} {:>14} {:>10} {:>9} {:>6.0f}%\n",
-        r.context, r.mode, r.sequences, r.median(prefill_of), r.median(decode_of),
-        fmt::format("[{:.1f}, {:.1f}]", decode.front(), decode.back()), r.median(accepted_of),
-        bytes_text(r.median(wire_of)),
-        fmt::format("{:.1f} ({:.0f}%)", r.median(wire_gbps_of), 100 * r.median(wire_share_of)),
-        fmt::format("{:.1f} ({:.0f}%)", r.median(read_of), 100 * r.median(read_of) / r.read_ceiling),
-        bytes_text(static_cast<double>(r.peak_bytes)),
-        !r.identical   ? ""
-        : *r.identical ? "yes"
-                       : "NO",
-        100 * r.distinct_8gram_share);
-  }
-  for (const auto& ratio : ratios_json(results)) {
-    out += fmt::format("context {}: compressed decodes {:.2f}x as fast as full, prefills {:.2f}x\n",
-                       ratio["context"].get<int>(), ratio["decode"].get<double>(), ratio["prefill"].get<double>());
-  }
-  return out +
-         "wire: while something comes in, and the share of the time in which it does; "
-         "read: weights and KV over time, and its share of the ceiling, the rate of plainly reading as many bytes "
-         "again and again (a GPU: of copying);\n"
-         "8-grams: share of distinct ones in the output\n";
 }
 
 int bench(const BenchFlags& flags) {
@@ -431,11 +278,11 @@ int bench(const BenchFlags& flags) {
                sequences_with_probe(options, flags.policy.compressor), context, progress);
 
   const std::unique_ptr<Trace> trace = open_trace(flags.engine.trace);
-  std::vector<Result> results;
+  std::vector<BenchResult> results;
   for (const int wanted : flags.contexts) {
     const BenchFlags here = with_chosen_compressor(flags, session, options, wanted);
     const PromptGroup group = gather_group(here, session, wanted);
-    for (Result& result : measure_context(here, session, group, trace.get(), progress)) {
+    for (BenchResult& result : measure_context(here, session, group, trace.get(), progress)) {
       results.push_back(std::move(result));
     }
   }
@@ -443,9 +290,19 @@ int bench(const BenchFlags& flags) {
   if (const std::string shape = session.widened_shape(); !shape.empty()) {
     heading = fmt::format("a trained model widened to {}: its function, the cost of that shape\n", shape);
   }
-  write_stdout(flags.json ? json_report(flags, session, results) : heading + table(results));
+  const nlohmann::ordered_json settings = {
+      {"model", flags.engine.model.model},
+      {"widened_to", session.widened_shape()},
+      {"command", flags.command_line},
+      {"kernels", std::string(session.kernels().name())},
+      {"compressor", is_auto(flags.policy.compressor) ? "auto" : make_compressor(flags.policy.compressor)->name()},
+      {"workload", flags.workload},
+      {"steps", flags.steps},
+      {"repeats", flags.repeats},
+      {"sequences", flags.sequences}};
+  write_stdout(flags.json ? bench_json(settings, results) : heading + bench_table(results));
   const bool identical =
-      std::none_of(results.begin(), results.end(), [](const Result& r) { return r.identical && !*r.identical; });
+      std::none_of(results.begin(), results.end(), [](const BenchResult& r) { return r.identical && !*r.identical; });
   return identical ? 0 : 1;
 }
 

@@ -161,7 +161,7 @@ std::string json_report(const Report& report) {
       {"hash", fmt::format("{:016x}", g.transcript.hash())},
       {"prefill_tokens_per_second", g.transcript.prefill_tokens_per_second()},
       {"decode_tokens_per_second", g.transcript.decode_tokens_per_second()},
-      {"compressor", make_compressor(report.policy.compressor)->name()},
+      {"compressor", report.policy.compressor},
       {"speculation", speculation_json(g.stats.speculation)},
       {"wire_bytes_per_token", wire_bytes_per_token(g.stats)},
       {"residual_bytes", report.residual_bytes},
