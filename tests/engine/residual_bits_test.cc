@@ -103,6 +103,9 @@ void measure(Kernels& kernels, const KvShape& shape, const KvFormat& format, Res
 }
 
 TEST(ResidualBits, OfATrainedModelsKvAreWithinTheirTargets) {
+#ifdef __SANITIZE_THREAD__
+  GTEST_SKIP() << "a measurement on one thread: nothing to race, and minutes long";
+#endif
   if (test::tested_device() != DeviceKind::cpu) {
     GTEST_SKIP() << "the codes are the same; memory is read where it lies";
   }
