@@ -156,7 +156,8 @@ std::vector<ProductForm> ProductTuner::forms(int rows) const {
 void ProductTuner::try_offers(size_t bucket) {
   const int rows = rows_[bucket];
   for (const ProductForm form : forms(rows)) {
-    const int most = rows > 512 ? 8 : 16;
+    // Where any bits will do, the clock may as well see all that is offered.
+    const int most = rows > 512 ? 8 : free_choice_ ? 64 : 16;
     int rank = 0;
     for (const ProductChoice& choice : offered_products(lane_, shape_, form, rows, most, free_choice_)) {
       const int penalty = form == ProductForm::slices_in_turn && rows <= kFewRows ? kCostInTurn : 0;
