@@ -58,6 +58,7 @@ struct LogitRow {
   Sampling sampling{};
   TokenId* token = nullptr;
   uint64_t* hash = nullptr;  // of the row's logits; null: not wanted
+  float* margin = nullptr;   // of the choice (sampling.h); null: not wanted. A row has one of the two at most
 };
 
 // What a pass is about, for all its layers. The vectors are the caller's; ops see it after Kernels::stage.

@@ -51,8 +51,8 @@ uint64_t needed_mass(float top_p, uint64_t total) {
   return std::clamp<uint64_t>(needed, 1, total);
 }
 
-// Index of the largest logit; 0 if all are NaN or -inf.
-TokenId arg_max(std::span<const float> logits) {
+// -inf if there is none, or none but NaN.
+float largest(std::span<const float> logits) {
   constexpr size_t kLanes = 8;  // independent maxima, so that one comparison need not wait for the one before
   float most[kLanes];
   std::fill(most, most + kLanes, -kInfinity);
@@ -65,7 +65,12 @@ TokenId arg_max(std::span<const float> logits) {
   for (; i < logits.size(); ++i) {
     most[0] = logits[i] > most[0] ? logits[i] : most[0];
   }
-  const float best = *std::max_element(most, most + kLanes);
+  return *std::max_element(most, most + kLanes);
+}
+
+// Index of the largest logit; 0 if all are NaN or -inf.
+TokenId arg_max(std::span<const float> logits) {
+  const float best = largest(logits);
   if (best == -kInfinity) {
     return 0;
   }
@@ -228,12 +233,19 @@ float filtered_below(const Survivors& survivors, const Distance& distance) {
   return std::max(survivors.last.logit, rounded_down(distance.best - span, std::abs(distance.best) + span));
 }
 
-TokenId gumbel_max(std::span<const float> logits, TokenId best, const Distance& distance, const Survivors& survivors,
-                   const Sampling& sampling, int position) {
+// What was chosen, and how far the best of the others stands behind it; +inf if it is `reach` or more.
+struct Drawn {
+  TokenId token;
+  double ahead;
+};
+
+Drawn gumbel_max(std::span<const float> logits, TokenId best, const Distance& distance, const Survivors& survivors,
+                 const Sampling& sampling, int position, double reach) {
   Noise noise(sampling.seed, position);
   const double temperature = sampling.temperature;
   double best_value = logits[static_cast<size_t>(best)] / temperature + gumbel(noise.word(best));
-  float floor = std::max(filtered_below(survivors, distance), hopeless_below(best_value, temperature));
+  double second_value = -std::numeric_limits<double>::infinity();
+  float floor = std::max(filtered_below(survivors, distance), hopeless_below(best_value - reach, temperature));
   for (size_t i = 0; i < logits.size(); ++i) {
     const float logit = logits[i];
     if (!(logit >= floor)) {  // NaN fails here too
@@ -245,17 +257,20 @@ TokenId gumbel_max(std::span<const float> logits, TokenId best, const Distance& 
     }
     const double scaled = logit / temperature;
     const uint32_t word = noise.word(token);
-    if (scaled + noise_bound(word) < best_value) {
+    if (scaled + noise_bound(word) < best_value - reach) {
       continue;
     }
     const double value = scaled + gumbel(word);
     if (value > best_value || (value == best_value && token < best)) {
       best = token;
+      second_value = best_value;
       best_value = value;
-      floor = std::max(floor, hopeless_below(best_value, temperature));
+      floor = std::max(floor, hopeless_below(best_value - reach, temperature));
+    } else if (token != best) {
+      second_value = std::max(second_value, value);
     }
   }
-  return best;
+  return {best, best_value - second_value};
 }
 
 }  // namespace
@@ -276,17 +291,28 @@ void validate(const Sampling& sampling) {
   }
 }
 
-TokenId choose(std::span<const float> logits, const Sampling& sampling, int position) {
+TokenId choose(std::span<const float> logits, const Sampling& sampling, int position, float* margin) {
   check(!logits.empty() && logits.size() <= size_t{1} << 24, "a row of logits has 1 to 2^24 tokens");
   check(position >= 0, "a position is not negative");
   const TokenId best = arg_max(logits);
   const float most = logits[static_cast<size_t>(best)];
   // A denormal temperature would divide as 0 does where denormals are flushed: greedy as well.
   if (sampling.temperature < std::numeric_limits<float>::min() || !std::isfinite(most)) {
+    if (margin != nullptr) {
+      const auto chosen = static_cast<size_t>(best);
+      const float second = std::max(largest(logits.first(chosen)), largest(logits.subspan(chosen + 1)));
+      *margin = std::isfinite(most) ? std::min(most - second, kMostMargin) : 0;
+    }
     return best;
   }
   const Distance distance{most, sampling.temperature};
-  return gumbel_max(logits, best, distance, filter(logits, distance, sampling), sampling, position);
+  const double temperature = sampling.temperature;
+  const Drawn drawn = gumbel_max(logits, best, distance, filter(logits, distance, sampling), sampling, position,
+                                 margin != nullptr ? kMostMargin / temperature : 0);
+  if (margin != nullptr) {
+    *margin = static_cast<float>(std::min<double>(drawn.ahead * temperature, kMostMargin));
+  }
+  return drawn.token;
 }
 
 }  // namespace vericache

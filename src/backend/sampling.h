@@ -25,6 +25,10 @@ void validate(const Sampling& sampling);
 // (Salmon et al. 2011) keyed by seed, counted by (position, token), so that a draft and its verification share it. Ties
 // break to the lower token id, in the filters too. NaN counts as -inf; +inf wins; if nothing is above -inf the token is
 // 0. The parameters are valid.
-TokenId choose(std::span<const float> logits, const Sampling& sampling, int position);
+// margin, if wanted: how far the runner-up stands behind, in logits, kMostMargin at most: of what is maximised, times
+// the temperature where there is one. So far the logits may move before another token is chosen. 0 if no logit is
+// finite.
+inline constexpr float kMostMargin = 8;
+TokenId choose(std::span<const float> logits, const Sampling& sampling, int position, float* margin = nullptr);
 
 }  // namespace vericache

@@ -149,6 +149,7 @@ void Engine::State::admit(SeqId id) {
   const int length = s.prompt_tokens + s.max_tokens;
   s.board = reinterpret_cast<TokenId*>(board_pool->take());
   check(s.board != nullptr, "there is a board for every sequence");
+  s.margins = reinterpret_cast<float*>(reinterpret_cast<std::byte*>(s.board) + plan.margin_offset);
   std::copy(s.tokens.begin(), s.tokens.end(), s.board);
   s.index_memory = index_pool != nullptr ? index_pool->take() : nullptr;
   s.tail = std::make_unique<Tail>(shape, *tail_pool, plan.sequence_sets, draft_lane,
@@ -192,8 +193,11 @@ void Engine::State::update_load(const Sequence& s) {
   scheduler->update(s.id, {.backlog = s.finish || s.cancelled ? 0 : s.backlog(),
                            .drafted = s.drafted,
                            .horizon = s.horizon.tokens(),
+                           .reach = s.horizon.reach(),
                            .most_drafts = std::min(plan.most_drafts, s.useful_drafts()),
-                           .past_pages = s.full ? s.full->stored() : 0});
+                           .past_pages = s.full ? s.full->stored() : 0,
+                           .chance = s.horizon.least_chance() > 0 ? s.chance : 1,
+                           .least_chance = s.horizon.least_chance()});
 }
 
 bool Engine::State::step() {

@@ -38,8 +38,7 @@ FullPass::FullPass(const Transformer& model, Compressor* compressor, Wire* wire,
 bool FullPass::members_ready() const {
   return std::all_of(members_.begin(), members_.end(), [](const FullPassMember& member) {
     const Sequence& s = *member.sequence;
-    return !member.decides || s.cancelled || s.backlog() > 1 ||
-           s.drafted >= std::min(s.horizon.tokens(), s.useful_drafts());
+    return !member.decides || s.cancelled || s.backlog() > 1 || s.ready();
   });
 }
 

@@ -171,7 +171,10 @@ bool Engine::State::drafts_in_flight(size_t most) {
     for (const auto& [id, run] : step.members) {
       const auto member = sequences.find(id);
       if (member != sequences.end() && member->second->draft_run == run) {
-        ++member->second->drafts_done;
+        Sequence& s = *member->second;
+        ++s.drafts_done;
+        weigh(s, s.drafts_done - 1);
+        update_load(s);
       }
     }
     draft_steps.pop_front();
@@ -241,7 +244,8 @@ void Engine::State::stage_draft(std::span<Sequence* const> members) {
                              .position = position,
                              .sampling = s.request.sampling,
                              .token = s.board + position,
-                             .hash = nullptr});
+                             .hash = nullptr,
+                             .margin = s.margins + position});
   }
   draft_pass = {.buffers = draft_activations.hidden,
                 .rows = static_cast<int>(members.size()),

@@ -165,8 +165,10 @@ MemoryPlan plan_memory(const Transformer& model, const Compressor* compressor, c
     plan.host_bytes = aligned(extents * extent) + sequences * plan.record_bytes + wire_host_bytes(shape);
   }
   // A draft may stand behind the last token that can be decided.
-  plan.board_bytes = aligned(static_cast<size_t>(plan.max_len + 2 * plan.most_drafts + 2) * sizeof(TokenId));
-  plan.report_offset = plan.board_bytes;
+  const auto positions = static_cast<size_t>(plan.max_len + 2 * plan.most_drafts + 2);
+  plan.margin_offset = aligned(positions * sizeof(TokenId));
+  plan.report_offset = plan.margin_offset + aligned(positions * sizeof(float));
+  plan.board_bytes = plan.report_offset;
   plan.board_bytes += aligned(static_cast<size_t>(plan.report_values * shape.layers) * sizeof(int));
   plan.host_bytes += sequences * plan.board_bytes +
                      2 * aligned(static_cast<size_t>(plan.logit_rows) * sizeof(uint64_t)) + (size_t{1} << 20);

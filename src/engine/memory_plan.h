@@ -34,7 +34,8 @@ struct MemoryPlan {
   size_t tail_bytes = 0;
   size_t staging_bytes = 0;
   size_t resident_bytes = 0;
-  size_t board_bytes = 0;    // of one sequence's tokens, then the compressor's reports
+  size_t board_bytes = 0;    // of one sequence's tokens, their drafts' margins, the compressor's reports
+  size_t margin_offset = 0;  // of the margins
   size_t report_offset = 0;  // of the reports
   size_t record_bytes = 0;   // of one sequence's pages: checksums and ends
   size_t host_bytes = 0;     // the host tier, boards, records, results

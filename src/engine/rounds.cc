@@ -92,6 +92,9 @@ void Engine::State::judge(const FullPassMember& member, int first_decided) {
   for (int i = 0; i < verdict.accepted; ++i) {
     ++s.stats.accepted_at[static_cast<size_t>(i)];
   }
+  for (int i = 0; i < std::min(verdict.accepted + 1, member.drafts); ++i) {
+    confidence.report(s.margins[position + i], i < verdict.accepted);
+  }
   decided.clear();
   bool open = true;
   for (int i = 0; i < verdict.accepted + (verdict.next ? 1 : 0) && open; ++i) {
@@ -105,8 +108,17 @@ void Engine::State::judge(const FullPassMember& member, int first_decided) {
   if (open && !verdict.next) {
     s.drafted -= member.drafts;
     s.drafts_done -= member.drafts;
+    s.chance = 1;
+    weigh(s, 0);
   } else {
     s.forget_drafts();
+  }
+}
+
+// What the margins of its drafts that are done say of them, from that one on.
+void Engine::State::weigh(Sequence& s, int from) const {
+  for (int i = from; i < s.drafts_done; ++i) {
+    s.chance *= confidence.stands(s.margins[s.tokens.size() + static_cast<size_t>(i)]);
   }
 }
 

@@ -34,7 +34,8 @@ void Scheduler::pass_done(SeqId id) {
 }
 
 bool Scheduler::ready(const Load& load) {
-  return load.backlog == 1 && (load.drafted >= load.horizon || load.drafted >= load.most_drafts);
+  return load.backlog == 1 &&
+         (load.chance < load.least_chance || load.drafted >= load.reach || load.drafted >= load.most_drafts);
 }
 
 StepPlan Scheduler::next(const Usage& usage) {
@@ -73,8 +74,14 @@ void Scheduler::admit(StepPlan& plan) {
 // While its own verification is on the wire a sequence drafts on: those drafts stay valid when all before them is
 // accepted.
 int Scheduler::draft_limit(const Running& sequence, const Usage& usage) {
-  const int reach = sequence.in_pass ? 2 * sequence.load.horizon : sequence.load.horizon;
-  return usage.wire_bound ? sequence.load.most_drafts : std::min(reach, sequence.load.most_drafts);
+  const Load& load = sequence.load;
+  if (usage.wire_bound) {
+    return load.most_drafts;
+  }
+  if (!sequence.in_pass && ready(load)) {
+    return 0;
+  }
+  return std::min(sequence.in_pass ? 2 * load.reach : load.reach, load.most_drafts);
 }
 
 void Scheduler::open_pass(const Usage& usage, StepPlan& plan) {
@@ -94,12 +101,16 @@ void Scheduler::open_pass(const Usage& usage, StepPlan& plan) {
     any_ready = any_ready || ready(sequence.load);
     least_missing = std::min(least_missing, sequence.load.horizon - sequence.load.drafted);
   }
-  // The wire never idles: with nobody ready, it begins to bring the residuals of those who will be first. Not behind
-  // another pass, which would have to start before its own members are ready.
-  const bool early =
-      !any_ready && prefilling.empty() && limits_.staging_pages > 0 && (usage.open_passes == 0 || usage.wire_bound);
-  std::stable_sort(decoding.begin(), decoding.end(),
-                   [](const auto& a, const auto& b) { return a.second->turn < b.second->turn; });
+  // With nobody ready the wire begins to bring the residuals of those who will be first. Not behind another pass, which
+  // would have to start before its own members are ready; and where the wire is what everybody waits for it brings
+  // nothing for drafts that all likely stand.
+  const bool weighed =
+      std::any_of(decoding.begin(), decoding.end(), [](const auto& one) { return one.second->load.least_chance > 0; });
+  const bool early = !any_ready && prefilling.empty() && limits_.staging_pages > 0 &&
+                     (usage.wire_bound ? !weighed : usage.open_passes == 0);
+  std::stable_sort(decoding.begin(), decoding.end(), [](const auto& a, const auto& b) {
+    return std::pair(a.second->load.chance, a.second->turn) < std::pair(b.second->load.chance, b.second->turn);
+  });
 
   int rows_left = limits_.pass_rows;
   int logit_rows_left = limits_.logit_rows;
@@ -130,8 +141,10 @@ void Scheduler::open_pass(const Usage& usage, StepPlan& plan) {
   for (auto& [id, sequence] : decoding) {
     const int missing = sequence->load.horizon - sequence->load.drafted;
     if (ready(sequence->load) || (early && missing <= least_missing + sequence->load.horizon / 4)) {
-      const int reach = usage.wire_bound ? sequence->load.most_drafts : 2 * sequence->load.horizon;
-      const int most_drafts = std::clamp(reach, 0, std::max(0, sequence->load.most_drafts));
+      const Load& load = sequence->load;
+      const int likely = load.horizon + std::max(load.horizon, load.drafted);  // by the time that the pass starts
+      const int most_drafts =
+          std::clamp(usage.wire_bound ? load.most_drafts : likely, 0, std::max(0, load.most_drafts));
       take(id, *sequence, 1 + most_drafts, 1 + most_drafts, {.rows = 1, .decides = true, .most_drafts = most_drafts});
     }
   }

@@ -32,11 +32,14 @@ struct Needs {
 
 // Where a running sequence stands. The engine tells it after every change.
 struct Load {
-  int backlog = 0;      // decided tokens without verified KV; the last row of them decides. 1 = decoding
-  int drafted = 0;      // drafted tokens that no verification has judged
-  int horizon = 0;      // drafts that make it ready for verification
-  int most_drafts = 0;  // no more drafts than this are of use (end of output or context)
-  int past_pages = 0;   // full-KV pages that a pass must have staged for it
+  int backlog = 0;          // decided tokens without verified KV; the last row of them decides. 1 = decoding
+  int drafted = 0;          // drafted tokens that no verification has judged
+  int horizon = 0;          // drafts after which it is expected to be ready for verification
+  int reach = 0;            // drafts that make it ready
+  int most_drafts = 0;      // no more drafts than this are of use (end of output or context)
+  int past_pages = 0;       // full-KV pages that a pass must have staged for it
+  double chance = 1;        // that all it has drafted stands
+  double least_chance = 0;  // below this it is ready, too; 0: drafts are counted, not weighed
 };
 
 struct PassMember {
@@ -57,8 +60,8 @@ struct StepPlan {
 // What the engine's lanes look like now.
 struct Usage {
   int open_passes = 0;
-  // The wire takes longer to bring everybody's full KV than drafting to the horizon takes: it must never idle, and
-  // drafts that are made while a sequence waits for its turn cost nothing.
+  // The wire takes longer to bring everybody's full KV than drafting to the horizon takes: drafts that are made while a
+  // sequence waits for its turn cost nothing, and the wire never idles unless all drafts are likely to stand.
   bool wire_bound = false;
 };
 
@@ -80,7 +83,7 @@ class Scheduler {
   int running() const { return static_cast<int>(running_.size()); }
   int free_resident_pages() const { return limits_.resident_pages - resident_pages_; }
   int free_host_extents() const { return limits_.host_extents - host_extents_; }
-  // Ready: what a pass would judge of this sequence is complete.
+  // Ready: a pass should judge what this sequence has drafted.
   static bool ready(const Load& load);
 
  private:
@@ -92,7 +95,7 @@ class Scheduler {
     Needs needs;
     Load load;
     bool in_pass = false;
-    uint64_t turn = 0;  // when it last left a pass; the longest unserved goes first
+    uint64_t turn = 0;  // when it last left a pass; of those equally in doubt the longest unserved goes first
   };
   void admit(StepPlan& plan);
   void open_pass(const Usage& usage, StepPlan& plan);

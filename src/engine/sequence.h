@@ -2,6 +2,7 @@
 // engine's thread.
 #pragma once
 
+#include <algorithm>
 #include <memory>
 #include <span>
 #include <vector>
@@ -30,9 +31,11 @@ struct Sequence {
   int drafted = 0;              // tokens drafted and not judged yet; their ids stand on the board
   int drafts_done = 0;          // of them, those whose draft step is known to be done
   int draft_run = 0;            // counts refusals: a step that began before one drafts nothing any more
+  double chance = 1;            // that those all stand
   Mark last_draft = 0;          // of its last draft step, draft lane
   Mark tail_changed = 0;        // draft lane: behind the last work on its tail and tables
   TokenId* board = nullptr;     // tokens by position, decided and drafted: host memory that the device reaches
+  float* margins = nullptr;     // of drafts, by position, beside it
   int verified = 0;             // tokens whose full KV is computed
   int folded = 0;               // tokens that the resident part stands for
   int storing = 0;              // pages handed to the wire for the host tier
@@ -63,8 +66,13 @@ struct Sequence {
 
   // Attention of a draft: resident + tail.
   LayerKv draft_view(int layer) const { return {resident->layer(layer).view(), tail->view(layer, folded), folded}; }
+  // A verification of its drafts is due.
+  bool ready() const {
+    return chance < horizon.least_chance() || drafted >= std::min(horizon.reach(), useful_drafts());
+  }
   void forget_drafts() {
     drafted = drafts_done = 0;
+    chance = 1;
     ++draft_run;
   }
   void restart();  // forgets all KV; the tokens stay

@@ -16,6 +16,7 @@
 #include "engine/pass_cost.h"
 #include "engine/sequence.h"
 #include "kv/wire.h"
+#include "speculate/confidence.h"
 
 namespace vericache {
 
@@ -54,6 +55,7 @@ struct Engine::State {
   bool may_grow(const Sequence& sequence, int end) const;
   void finish_pass(FullPass& pass);
   void judge(const FullPassMember& member, int first_decided);
+  void weigh(Sequence& sequence, int from) const;  // its drafts from that one on
   bool decide(Sequence& sequence, TokenId token, uint64_t logits_hash);
   void fold(const FullPassMember& member);
   void restart(Sequence& sequence);
@@ -103,6 +105,7 @@ struct Engine::State {
   double draft_step_seconds = 0;  // of one draft step, smoothed
   double wire_page_seconds = 0;   // of one page on its way in, all layers, in the last pass that had any
   PassCost decode_cost;
+  Confidence confidence;
   std::unique_ptr<Wire> wire;  // last: its workers end before what they read and write
 };
 

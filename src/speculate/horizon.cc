@@ -11,6 +11,11 @@ namespace vericache {
 namespace {
 
 constexpr int kFirstTokens = 16;  // before any cost is known; the prior expects a refusal after about 20
+constexpr double kFirstChance = 0.6;
+// Bounds of least_chance(): even where a verification is free a draft that likely stands is worth waiting for, and even
+// where it is dear one that hardly can stand is not.
+constexpr double kLeastChance = 0.2;
+constexpr double kMostChance = 0.85;
 // A judged token's weight falls to 1/e after this many more, or this many more rounds: agreement near 1 takes many
 // tokens to tell from 1, low agreement shows in a few, and its short rounds must not keep old news alive.
 constexpr double kMemoryTokens = 512;
@@ -53,14 +58,14 @@ Horizon Horizon::fixed(int tokens) {
   if (tokens < 0) {
     throw Error("horizon {}: give 0 (no drafting) or more", tokens);
   }
-  return Horizon(tokens, tokens, tokens);
+  return Horizon(tokens, tokens, tokens, 0);
 }
 
 Horizon Horizon::adaptive(int least, int most) {
   if (least < 1 || least > most) {
     throw Error("adaptive horizon from {} to {}: the least must be at least 1 and not above the most", least, most);
   }
-  return Horizon(least, most, std::clamp(kFirstTokens, least, most));
+  return Horizon(least, most, std::clamp(kFirstTokens, least, most), kFirstChance);
 }
 
 void Horizon::report(int drafted, int accepted, const RoundCost& cost) {
@@ -76,6 +81,11 @@ void Horizon::report(int drafted, int accepted, const RoundCost& cost) {
   const int best = best_horizon(least_, most_, agreement(), cost);
   const int step = std::max(1, static_cast<int>(tokens_ * kLargestStep));
   tokens_ += std::clamp(best - tokens_, -step, step);
+  if (least_ < most_) {
+    // At the best of all horizons the next draft gives what the whole gives (renewal reward): chance / draft_token =
+    // rate.
+    least_chance_ = std::clamp(round_rate(best, agreement(), cost) * cost.draft_token, kLeastChance, kMostChance);
+  }
 }
 
 }  // namespace vericache

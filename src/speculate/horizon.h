@@ -1,5 +1,5 @@
-// Horizon policy: how many tokens a sequence drafts before its verification starts. Pure: numbers in, numbers out; no
-// clock. One per sequence, used by the thread that plans that sequence.
+// Horizon policy: how far a sequence drafts before its verification is due. Pure: numbers in, numbers out; no clock.
+// One per sequence, used by the thread that plans that sequence.
 #pragma once
 
 namespace vericache {
@@ -24,7 +24,13 @@ class Horizon {
   // Error unless 1 <= least <= most.
   static Horizon adaptive(int least, int most);
 
+  // That a sequence drafts before it is verified, as far as the mean agreement tells: for plans that look ahead.
   int tokens() const { return tokens_; }
+  // That it drafts at most. An adaptive horizon ends where drafts are in doubt, and only at last here.
+  int reach() const { return most_; }
+  // A verification is due where the chance that all drafts stand falls below this: one more draft then gives less for
+  // its time than a round does on the whole. 0 of a fixed horizon.
+  double least_chance() const { return least_chance_; }
   // The share of draft tokens expected to agree.
   double agreement() const { return agreed_ / (agreed_ + refused_); }
 
@@ -34,11 +40,13 @@ class Horizon {
   void report(int drafted, int accepted, const RoundCost& cost);
 
  private:
-  Horizon(int least, int most, int tokens) : least_(least), most_(most), tokens_(tokens) {}
+  Horizon(int least, int most, int tokens, double least_chance)
+      : least_(least), most_(most), tokens_(tokens), least_chance_(least_chance) {}
 
   int least_;
   int most_;
   int tokens_;
+  double least_chance_;
   double agreed_ =
       19;  // decayed counts of judged tokens that agreed / disagreed; at first a prior, optimistic and light
   double refused_ = 1;

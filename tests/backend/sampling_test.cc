@@ -71,13 +71,18 @@ double reference_noise(uint64_t seed, int position, TokenId token) {
   return -std::log(-std::log((word + 0.5) / 4294967296.0));
 }
 
-TokenId reference_choose(const std::vector<float>& logits, const Sampling& sampling, int position) {
+TokenId reference_choose(const std::vector<float>& logits, const Sampling& sampling, int position,
+                         double* margin = nullptr) {
+  double unwanted;
+  margin = margin == nullptr ? &unwanted : margin;
+  *margin = 0;
   const auto infinite = std::find(logits.begin(), logits.end(), kInfinity);
   if (infinite != logits.end()) {
     return static_cast<TokenId>(infinite - logits.begin());
   }
   TokenId best = -1;
   double best_value = 0;
+  double second_value = -HUGE_VAL;
   const bool greedy = sampling.temperature == 0;
   Sampling all;
   all.temperature = 1;
@@ -88,9 +93,15 @@ TokenId reference_choose(const std::vector<float>& logits, const Sampling& sampl
     const double value =
         greedy ? logit : logit / sampling.temperature + reference_noise(sampling.seed, position, token);
     if (best < 0 || value > best_value) {
+      second_value = best < 0 ? second_value : best_value;
       best = token;
       best_value = value;
+    } else {
+      second_value = std::max(second_value, value);
     }
+  }
+  if (best >= 0) {
+    *margin = std::min<double>((best_value - second_value) * (greedy ? 1 : sampling.temperature), kMostMargin);
   }
   return std::max(best, 0);
 }
@@ -144,6 +155,27 @@ RC_GTEST_PROP(Sampling, EqualsTheReference, ()) {
     RC_LOG() << "tokens " << logits.size() << " temperature " << s.temperature << " top_k " << s.top_k << " top_p "
              << s.top_p << " min_p " << s.min_p << "\n";
     RC_ASSERT(choose(logits, s, position) == reference_choose(logits, s, position));
+  }
+}
+
+// Asking for the margin changes no choice; values of 1e38 and temperatures of 1e30 round away what is small beside
+// them.
+RC_GTEST_PROP(Sampling, MarginEqualsTheReference, ()) {
+  Cases cases(*rc::gen::noShrink(rc::gen::arbitrary<uint64_t>()));
+  const std::vector<float> logits = cases.logits(cases.below(10) == 0 ? 6000 : 60);
+  double largest = 0;
+  for (const float logit : logits) {
+    largest = std::isfinite(logit) ? std::max<double>(largest, std::abs(logit)) : largest;
+  }
+  for (int i = 0; i < 20; ++i) {
+    const Sampling s = cases.sampling(logits.size());
+    const int position = cases.below(std::numeric_limits<int>::max());
+    RC_LOG() << "tokens " << logits.size() << " temperature " << s.temperature << " top_k " << s.top_k << " top_p "
+             << s.top_p << " min_p " << s.min_p << "\n";
+    float margin = -1;
+    double expected = -1;
+    RC_ASSERT(choose(logits, s, position, &margin) == reference_choose(logits, s, position, &expected));
+    RC_ASSERT(std::abs(margin - expected) <= 1e-5 + 1e-6 * std::min(largest, 8e6) + 1e-12 * s.temperature);
   }
 }
 

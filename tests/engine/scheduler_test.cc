@@ -19,10 +19,15 @@ SchedulerLimits limits() {
 }
 
 Load decoding(int drafted, int horizon, int past_pages = 0) {
-  return {.backlog = 1, .drafted = drafted, .horizon = horizon, .most_drafts = 100, .past_pages = past_pages};
+  return {.backlog = 1,
+          .drafted = drafted,
+          .horizon = horizon,
+          .reach = horizon,
+          .most_drafts = 100,
+          .past_pages = past_pages};
 }
 Load prefilling(int backlog, int past_pages = 0) {
-  return {.backlog = backlog, .drafted = 0, .horizon = 8, .most_drafts = 16, .past_pages = past_pages};
+  return {.backlog = backlog, .drafted = 0, .horizon = 8, .reach = 8, .most_drafts = 16, .past_pages = past_pages};
 }
 
 // Sequences 1..count, admitted.
@@ -230,15 +235,50 @@ TEST(Scheduler, DraftsUpToTheHorizonAndTwiceThatInAPass) {
   EXPECT_TRUE(drafts(decoding(0, 8)));
   EXPECT_TRUE(drafts(decoding(7, 8)));
   EXPECT_FALSE(drafts(decoding(8, 8)));
-  EXPECT_FALSE(drafts({.backlog = 1, .drafted = 3, .horizon = 8, .most_drafts = 3}));
-  EXPECT_FALSE(drafts({.backlog = 1, .drafted = 0, .horizon = 8, .most_drafts = -1}));
+  EXPECT_FALSE(drafts({.backlog = 1, .drafted = 3, .horizon = 8, .reach = 8, .most_drafts = 3}));
+  EXPECT_FALSE(drafts({.backlog = 1, .drafted = 0, .horizon = 8, .reach = 8, .most_drafts = -1}));
   EXPECT_FALSE(drafts(prefilling(2)));
   EXPECT_FALSE(drafts({}));
   scheduler.update(1, decoding(8, 8));
   ASSERT_EQ(ids(scheduler.next({}).pass), Ids{1});
   EXPECT_TRUE(drafts(decoding(15, 8)));
   EXPECT_FALSE(drafts(decoding(16, 8)));
-  EXPECT_FALSE(drafts({.backlog = 1, .drafted = 12, .horizon = 8, .most_drafts = 12}));
+  EXPECT_FALSE(drafts({.backlog = 1, .drafted = 12, .horizon = 8, .reach = 8, .most_drafts = 12}));
+}
+
+// Where drafts are weighed a count makes ready at last only; doubt does before, and the most doubtful goes first.
+TEST(Scheduler, VerifiesWhoIsInDoubt) {
+  const auto weighed = [](int drafted, double chance) {
+    Load load = decoding(drafted, 8, 3);
+    load.reach = 64;
+    load.chance = chance;
+    load.least_chance = 0.5;
+    return load;
+  };
+  EXPECT_FALSE(Scheduler::ready(weighed(63, 0.5)));
+  EXPECT_TRUE(Scheduler::ready(weighed(64, 1)));
+  EXPECT_TRUE(Scheduler::ready(weighed(1, 0.49)));
+
+  SchedulerLimits tight = limits();
+  tight.staging_pages = 4;  // one at a time
+  tight.logit_rows = tight.pass_rows = 256;
+  for (const bool wire_bound : {false, true}) {
+    Scheduler scheduler = admitted(tight, 3);
+    scheduler.update(1, weighed(20, 0.4));
+    scheduler.update(2, weighed(2, 0.1));
+    scheduler.update(3, weighed(40, 0.9));
+    const StepPlan plan = scheduler.next({.wire_bound = wire_bound});
+    EXPECT_EQ(ids(plan.pass), Ids{2});
+    // Who waits for a pass drafts on only where that costs nothing.
+    EXPECT_EQ(plan.draft, wire_bound ? (Ids{1, 2, 3}) : (Ids{2, 3}));
+    EXPECT_EQ(ids(scheduler.next({.open_passes = 1, .wire_bound = wire_bound}).pass), Ids{1});
+    scheduler.pass_done(1);
+    scheduler.pass_done(2);
+    // The wire brings nothing for drafts that likely stand where it is the bottleneck; else it begins early.
+    scheduler.update(1, weighed(5, 0.95));
+    scheduler.update(2, weighed(0, 1));
+    EXPECT_EQ(ids(scheduler.next({.wire_bound = wire_bound}).pass), wire_bound ? Ids{} : Ids{3});
+  }
 }
 
 TEST(Scheduler, FullKvModeNeverDrafts) {
@@ -246,7 +286,7 @@ TEST(Scheduler, FullKvModeNeverDrafts) {
   full.drafting = false;
   Scheduler scheduler = admitted(full, 2);
   scheduler.update(1, {.backlog = 1});
-  scheduler.update(2, {.backlog = 1, .horizon = 4, .most_drafts = 4});
+  scheduler.update(2, {.backlog = 1, .horizon = 4, .reach = 4, .most_drafts = 4});
   const StepPlan plan = scheduler.next({});
   EXPECT_TRUE(plan.draft.empty());
   EXPECT_EQ(plan.pass, (std::vector<PassMember>{{.id = 1, .rows = 1, .decides = true}}));

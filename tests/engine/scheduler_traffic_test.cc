@@ -88,6 +88,7 @@ class Simulation {
       return {.backlog = over ? 0 : tokens - verified,
               .drafted = drafted,
               .horizon = horizon,
+              .reach = horizon,
               .most_drafts = std::min(2 * most_horizon, length - tokens - 1),
               .past_pages = stored_tokens / 64};
     }

@@ -48,6 +48,26 @@ TEST(Horizon, FixedNeverMoves) {
   }
 }
 
+// One more draft is worth its time while the chance that it counts is above what a round gives for the same time.
+TEST(Horizon, TheLeastChanceIsWhatTheBestRoundGives) {
+  std::mt19937_64 random(5);
+  for (const double agreement : {0.8, 0.95, 0.99}) {
+    for (const double verify : {1.0, 8.0, 30.0}) {
+      const RoundCost cost{.draft_token = 2, .verify = 2 * verify};
+      Horizon horizon = Horizon::adaptive(1, 128);
+      run(horizon, 300, agreement, cost, random);
+      const int best = best_of(1, 128, agreement, cost);
+      EXPECT_NEAR(horizon.least_chance(), std::clamp(round_rate(best, agreement, cost) * 2, 0.2, 0.85), 0.08);
+      if (best < 128 && horizon.least_chance() > 0.2 && horizon.least_chance() < 0.85) {
+        EXPECT_NEAR(std::pow(agreement, best), horizon.least_chance(), 0.12) << agreement << " " << verify;
+      }
+    }
+  }
+  EXPECT_EQ(Horizon::fixed(8).least_chance(), 0);
+  EXPECT_EQ(Horizon::fixed(8).reach(), 8);
+  EXPECT_EQ(Horizon::adaptive(2, 40).reach(), 40);
+}
+
 TEST(Horizon, RefusesImpossibleBounds) {
   EXPECT_THROW(Horizon::fixed(-1), Error);
   EXPECT_THROW(Horizon::adaptive(0, 4), Error);

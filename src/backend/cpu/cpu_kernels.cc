@@ -301,7 +301,7 @@ void CpuKernels::choose(const float* logits, const PassRows& pass, int vocabular
   pool_.parallel_for(static_cast<int>(pass.logit_rows.size()), [&](int i) {
     const LogitRow& row = pass.logit_rows[static_cast<size_t>(i)];
     const std::span<const float> values(logits + at(i, vocabulary), static_cast<size_t>(vocabulary));
-    *row.token = vericache::choose(values, row.sampling, row.position);
+    *row.token = vericache::choose(values, row.sampling, row.position, row.margin);
     if (row.hash != nullptr) {
       *row.hash = hash_bytes(values.data(), values.size_bytes());
     }

@@ -87,9 +87,11 @@ __device__ uint32_t key_of(uint64_t packed) {
   return ~static_cast<uint32_t>(packed >> 32);
 }
 
-// Of all threads: the best token, packed (0: nothing is above -inf), and the sum that the hash is made of.
+// Of all threads: the best token, packed (0: nothing is above -inf), and the sum that the hash is made of; where none
+// is wanted, the inverted key of the runner-up (0: there is none).
 __device__ Pair scan(const Cluster& cluster, const RowSlice& slice, bool hashed, Reduced& shared) {
   float most = -INFINITY;
+  float next = -INFINITY;
   int best = -1;
   uint64_t sum = 0;
   each_quad(slice, [&](int quad, const uint4& bits) {
@@ -101,15 +103,26 @@ __device__ Pair scan(const Cluster& cluster, const RowSlice& slice, bool hashed,
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float logit = __uint_as_float(words[i]);
-      if (logit > most && quad * 4 + i < slice.count) {
-        most = logit;
-        best = quad * 4 + i;
+      if (logit > next && quad * 4 + i < slice.count) {
+        if (logit > most) {
+          next = most;
+          most = logit;
+          best = quad * 4 + i;
+        } else {
+          next = logit;
+        }
       }
     }
   });
   const uint64_t own = best < 0 ? 0 : packed(rank_key(most), best);
-  return reduce(cluster, shared, {own, sum}, [](const Pair& a, const Pair& b) {
-    return Pair{max(a.first, b.first), a.second + b.second};
+  if (hashed) {
+    return reduce(cluster, shared, {own, sum}, [](const Pair& a, const Pair& b) {
+      return Pair{max(a.first, b.first), a.second + b.second};
+    });
+  }
+  const uint64_t second = next > -INFINITY ? ~rank_key(next) : 0;
+  return reduce(cluster, shared, {own, second}, [](const Pair& a, const Pair& b) {
+    return Pair{max(a.first, b.first), max(max(a.second, b.second), min(a.first, b.first) >> 32)};
   });
 }
 
@@ -243,16 +256,28 @@ __device__ uint64_t ordered(double value) {
   const auto bits = static_cast<uint64_t>(__double_as_longlong(value + 0.0));
   return bits >> 63 != 0 ? ~bits : bits | uint64_t{1} << 63;
 }
+__device__ double double_of(uint64_t ordered) {
+  return __longlong_as_double(static_cast<long long>(ordered >> 63 != 0 ? ordered ^ uint64_t{1} << 63 : ~ordered));
+}
 
-__device__ TokenId gumbel_max(const Cluster& cluster, const RowSlice& slice, TokenId best, const Distance& distance,
-                              const Survivors& survivors, const Sampling& sampling, int position, Reduced& shared) {
+// What was chosen, and how far the best of the others stands behind it; +inf if it is `reach` or more. reach 0: not
+// asked for.
+struct Drawn {
+  TokenId token;
+  double ahead;
+};
+
+__device__ Drawn gumbel_max(const Cluster& cluster, const RowSlice& slice, TokenId best, const Distance& distance,
+                            const Survivors& survivors, const Sampling& sampling, int position, float reach,
+                            Reduced& shared, Reduced& shared_again) {
   const double temperature = sampling.temperature;
   const double base = distance.best / temperature;
   double best_value = base + gumbel(noise(sampling, position, best / 4).at(best % 4));
   // A token's value is below base - distance + bound. One whose bound is not within `slack` of the best value so far is
   // out, whatever was rounded on the way: floats up to 100 to 1e-5, doubles of the size of base to 1e-15 of it.
   const float slack = static_cast<float>(1e-4 + fabs(base) * 1e-9);
-  auto lead = static_cast<float>(best_value - base);
+  auto lead = static_cast<float>(best_value - base) - reach;
+  double second_value = -INFINITY;
   each_quad(slice, [&](int quad, const uint4& bits) {
     const float logits[4] = {__uint_as_float(bits.x), __uint_as_float(bits.y), __uint_as_float(bits.z),
                              __uint_as_float(bits.w)};
@@ -280,8 +305,11 @@ __device__ TokenId gumbel_max(const Cluster& cluster, const RowSlice& slice, Tok
       const TokenId id = quad * 4 + i;
       if (value > best_value || (value == best_value && id < best)) {
         best = id;
+        second_value = best_value;
         best_value = value;
-        lead = static_cast<float>(best_value - base);
+        lead = static_cast<float>(best_value - base) - reach;
+      } else if (id != best) {
+        second_value = fmax(second_value, value);
       }
     }
   });
@@ -289,7 +317,15 @@ __device__ TokenId gumbel_max(const Cluster& cluster, const RowSlice& slice, Tok
   const Pair all = reduce(cluster, shared, own, [](const Pair& a, const Pair& b) {
     return a.first > b.first || (a.first == b.first && a.second > b.second) ? a : b;
   });
-  return id_of(all.second);
+  const TokenId chosen = id_of(all.second);
+  if (reach == 0) {
+    return {chosen, INFINITY};
+  }
+  const Pair others = {ordered(best == chosen ? second_value : best_value), 0};
+  const Pair second = reduce(cluster, shared_again, others, [](const Pair& a, const Pair& b) {
+    return Pair{max(a.first, b.first), 0};
+  });
+  return {chosen, double_of(all.first) - double_of(second.first)};
 }
 
 __global__ void __launch_bounds__(kThreads) choose_kernel(const float* logits, const LogitRow* rows, int vocabulary) {
@@ -302,6 +338,11 @@ __global__ void __launch_bounds__(kThreads) choose_kernel(const float* logits, c
   const Pair scanned = scan(cluster, slice, row.hash != nullptr, shared.best);
   TokenId token = scanned.first == 0 ? 0 : id_of(scanned.first);
   const float most = scanned.first == 0 ? -INFINITY : value_of(key_of(scanned.first));
+  float margin = 0;
+  if (isfinite(most)) {
+    const auto second = static_cast<uint32_t>(scanned.second);
+    margin = second == 0 ? kMostMargin : fminf(most - value_of(~second), kMostMargin);
+  }
   // Greedy at denormal temperatures, as the CPU.
   if (sampling.temperature >= FLT_MIN && isfinite(most)) {
     const Distance distance{most, sampling.temperature};
@@ -316,12 +357,19 @@ __global__ void __launch_bounds__(kThreads) choose_kernel(const float* logits, c
     if (sampling.min_p > 0) {
       survivors.distance = static_cast<float>(-log(static_cast<double>(sampling.min_p)));
     }
-    token = gumbel_max(cluster, slice, token, distance, survivors, sampling, row.position, shared.chosen);
+    const float reach = row.margin != nullptr ? kMostMargin / sampling.temperature : 0;
+    const Drawn drawn = gumbel_max(cluster, slice, token, distance, survivors, sampling, row.position, reach,
+                                   shared.chosen, shared.best);
+    token = drawn.token;
+    margin = static_cast<float>(fmin(drawn.ahead * sampling.temperature, static_cast<double>(kMostMargin)));
   }
   if (cluster.rank() == 0 && threadIdx.x == 0) {
     *row.token = token;
     if (row.hash != nullptr) {
       *row.hash = finish_checksum(scanned.second, static_cast<uint64_t>(vocabulary) * sizeof(float));
+    }
+    if (row.margin != nullptr) {
+      *row.margin = margin;
     }
   }
   cluster.sync();

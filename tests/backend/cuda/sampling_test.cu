@@ -27,15 +27,26 @@ struct Request {
 struct Choice {
   TokenId token = 0;
   uint64_t hash = 0;
+  float margin = 0;
   friend bool operator==(const Choice&, const Choice&) = default;
 };
 
-// logits (requests, vocabulary).
+void run_choose(const DeviceArray<float>& logits, int vocabulary, const std::vector<LogitRow>& rows) {
+  const DeviceArray<LogitRow> device_rows(rows);
+  StagedPass pass;
+  pass.logit_rows = device_rows.data();
+  pass.logit_count = static_cast<int>(rows.size());
+  choose(logits.data(), pass, vocabulary, nullptr);
+  finish();
+}
+
+// Twice: with hashes, then with margins. logits (requests, vocabulary).
 std::vector<Choice> choose_on_device(const DeviceArray<float>& logits, int vocabulary,
                                      const std::vector<Request>& requests) {
   const size_t count = requests.size();
   PinnedArray<TokenId> tokens(count);
   PinnedArray<uint64_t> hashes(count);
+  PinnedArray<float> margins(count);
   std::vector<LogitRow> rows(count);
   for (size_t i = 0; i < count; ++i) {
     rows[i] = {.row = static_cast<int>(i),
@@ -44,15 +55,17 @@ std::vector<Choice> choose_on_device(const DeviceArray<float>& logits, int vocab
                .token = &tokens[i],
                .hash = &hashes[i]};
   }
-  const DeviceArray<LogitRow> device_rows(rows);
-  StagedPass pass;
-  pass.logit_rows = device_rows.data();
-  pass.logit_count = static_cast<int>(count);
-  choose(logits.data(), pass, vocabulary, nullptr);
-  finish();
+  run_choose(logits, vocabulary, rows);
   std::vector<Choice> out(count);
   for (size_t i = 0; i < count; ++i) {
     out[i] = {tokens[i], hashes[i]};
+    rows[i].hash = nullptr;
+    rows[i].margin = &margins[i];
+  }
+  run_choose(logits, vocabulary, rows);
+  for (size_t i = 0; i < count; ++i) {
+    EXPECT_EQ(tokens[i], out[i].token) << "asking for the margin changes a choice";
+    out[i].margin = margins[i];
   }
   return out;
 }
@@ -149,8 +162,14 @@ void expect_as_on_cpu(int vocabulary, int count, uint64_t seed) {
   for (size_t i = 0; i < static_cast<size_t>(count); ++i) {
     const std::span<const float> row(logits.data() + i * width, width);
     const Request& r = requests[i];
-    const TokenId expected = vericache::choose(row, r.sampling, r.position);
-    if (choices[i].token != expected) {
+    float margin = 0;
+    const TokenId expected = vericache::choose(row, r.sampling, r.position, &margin);
+    if (choices[i].token == expected) {
+      const double rounding = 1e-4 + 1e-6 * std::abs(static_cast<double>(row[static_cast<size_t>(expected)]));
+      ASSERT_NEAR(choices[i].margin, margin, std::isnan(rounding) ? 1e-4 : rounding)
+          << "row " << i << " of " << vocabulary << " tokens, temperature " << r.sampling.temperature << " top_k "
+          << r.sampling.top_k << " top_p " << r.sampling.top_p << " min_p " << r.sampling.min_p;
+    } else {
       ASSERT_TRUE(near_tie(row, r, choices[i].token, expected))
           << "row " << i << " of " << vocabulary << " tokens, temperature " << r.sampling.temperature << " top_k "
           << r.sampling.top_k << " top_p " << r.sampling.top_p << " min_p " << r.sampling.min_p << ": "
