@@ -142,7 +142,8 @@ void Scheduler::open_pass(const Usage& usage, StepPlan& plan) {
     const int missing = sequence->load.horizon - sequence->load.drafted;
     if (ready(sequence->load) || (early && missing <= least_missing + sequence->load.horizon / 4)) {
       const Load& load = sequence->load;
-      const int likely = load.horizon + std::max(load.horizon, load.drafted);  // by the time that the pass starts
+      // By the time that the pass starts.
+      const int likely = std::min(load.horizon + std::max(load.horizon, load.drafted), 2 * load.reach);
       const int most_drafts =
           std::clamp(usage.wire_bound ? load.most_drafts : likely, 0, std::max(0, load.most_drafts));
       take(id, *sequence, 1 + most_drafts, 1 + most_drafts, {.rows = 1, .decides = true, .most_drafts = most_drafts});
