@@ -72,6 +72,12 @@ class Part {
     const cuda::RunWords words = cuda::pack_run(code, part_, run);
     const int chunk = run.chunk * cuda::chunk_bytes(part_.bits);
     const auto at = [&](int width) { return chunk + cuda::run_offset(run, part_.bits, width); };
+    if (cuda::in_threes(part_)) {
+      for (int word = 0; word < 3; ++word) {
+        put(chunk + cuda::three_offset(run, word), words.three[word]);
+      }
+      return;
+    }
     if ((part_.bits & 8) != 0) {
       put(at(8), words.wide[0]);
       put(at(8) + 4, words.wide[1]);

@@ -115,10 +115,33 @@ struct ChunkEncoder {
     return pack_run(code, part, run);
   }
 
+  // Affine codes of 3 bits: the four runs of r share three words.
+  template <bool kKeys>
+  __device__ void write_threes(std::byte* chunk) const {
+#pragma unroll 1
+    for (int r = 0; r < 2; ++r) {
+      uint32_t words[3] = {};
+#pragma unroll 1
+      for (int run = 0; run < 4; ++run) {
+        const RunWords own = make_run<kKeys>({warp, r, run / 2, run % 2, lane});
+        for (int i = 0; i < 3; ++i) {
+          words[i] |= own.three[i];
+        }
+      }
+      for (int i = 0; i < 3; ++i) {
+        *reinterpret_cast<uint32_t*>(chunk + three_offset({warp, r, 0, 0, lane}, i)) = words[i];
+      }
+    }
+  }
+
   // A lane writes every word of its own: of a plane of 2 bits two runs share one, of 1 bit four.
   template <bool kKeys>
   __device__ void write(std::byte* codes_at) const {
     std::byte* chunk = codes_at + warp * chunk_bytes(part.bits);
+    if (in_threes(part)) {
+      write_threes<kKeys>(chunk);
+      return;
+    }
 #pragma unroll 1
     for (int r = 0; r < 2; ++r) {
       uint32_t one = 0;

@@ -21,6 +21,11 @@ namespace vericache::cuda {
 // word, 2 x + row of the 16 bytes of lane and r; in one of 2 bits half of the word 2 r + x of a lane's 16 bytes, the
 // row g + 8 above row g in each half word; in one of 1 bit a quarter of the word r of a lane's 8 bytes, in the same
 // manner. Pair i of a run are the k values 2i and 2i + 1, the low bits of the two half words.
+//
+// Affine codes of 3 bits lie in the words of those two planes, but whole, so that a shift and a mask read a pair. The
+// three words of a lane and r, two of 2 bits and one of 1 bit, hold the pairs of the runs 2 x + row = 0, 1 and 2, from
+// their half words' lowest bits on, then pairs 0, 1 and 2 of run 3; its last pair has the bits that are left, the
+// highest of every half word.
 struct Run8 {
   int chunk = 0;
   int r = 0;
@@ -56,6 +61,10 @@ VERICACHE_BOTH constexpr int run_offset(const Run8& run, int bits, int width) {
                   : width == 4 ? run.r * 512 + run.lane * 16 + (2 * run.x + run.row) * 4
                   : width == 2 ? run.lane * 16 + (2 * run.r + run.x) * 4
                                : run.lane * 8 + run.r * 4);
+}
+// The same of word i of affine codes of 3 bits.
+VERICACHE_BOTH constexpr int three_offset(const Run8& run, int i) {
+  return i < 2 ? run_offset({run.chunk, run.r, i, 0, run.lane}, 3, 2) : run_offset(run, 3, 1);
 }
 // The code of planes and fp8 in pieces of the planes' widths, from the highest bits: of 8 bits and more the sign, the
 // rank and 3 bits of mantissa come first, below 8 the rank, so that a shift takes each piece to its place in a bf16.
@@ -123,9 +132,40 @@ VERICACHE_BOTH constexpr uint32_t take_two(uint32_t word, int value, const Run8&
   return (word >> (half + 15 - p) & 1u) << 1 | (word >> (half + (p < 7 ? 6 - p : 7)) & 1u);
 }
 
+VERICACHE_BOTH constexpr bool in_threes(const KvPart& part) {
+  return part.code == KvCode::affine && part.bits == 3;
+}
+VERICACHE_BOTH constexpr void put_three(uint32_t code, int value, const Run8& run, uint32_t (&words)[3]) {
+  const int half = 16 * (value % 2);
+  const int of_four = 2 * run.x + run.row;
+  const int pair = value / 2;
+  if (of_four < 3) {
+    words[of_four] |= code << (half + 3 * pair);
+  } else if (pair < 3) {
+    words[pair] |= code << (half + 12);
+  } else {
+    for (int i = 0; i < 3; ++i) {
+      words[i] |= (code >> i & 1u) << (half + 15);
+    }
+  }
+}
+// The four pairs of a run, one behind the other from the half words' lowest bits on.
+VERICACHE_BOTH constexpr uint32_t run_of_threes(const uint32_t (&words)[3], const Run8& run) {
+  const int of_four = 2 * run.x + run.row;
+  if (of_four < 3) {
+    return of_four == 0 ? words[0] : of_four == 1 ? words[1] : words[2];
+  }
+  uint32_t pairs = 0;
+  for (int i = 0; i < 3; ++i) {
+    pairs |= (words[i] >> 12 & 0x00070007u) << (3 * i) | (words[i] >> 15 & 0x00010001u) << (9 + i);
+  }
+  return pairs;
+}
+
 // The words of a run, plane by plane; of shared words this run's bits alone.
 struct RunWords {
-  uint32_t wide[2] = {};  // 8 bits
+  uint32_t three[3] = {};  // of affine codes of 3 bits: 2 r and 2 r + 1 of the plane of 2 bits, r of that of 1 bit
+  uint32_t wide[2] = {};   // 8 bits
   uint32_t four = 0;
   uint32_t two = 0;
   uint32_t one = 0;
@@ -137,6 +177,10 @@ VERICACHE_BOTH constexpr RunWords pack_run(const uint32_t (&code)[8], const KvPa
   RunWords out;
   const int low = part.bits % 8;  // bits below a plane of 8
   for (int i = 0; i < 8; ++i) {
+    if (in_threes(part)) {
+      put_three(code[i], i, run, out.three);
+      continue;
+    }
     const uint32_t order = chunk_order(code[i], part);
     if ((part.bits & 8) != 0) {
       put_wide(order >> low, i, part.code != KvCode::int8, out.wide);
@@ -155,7 +199,12 @@ VERICACHE_BOTH constexpr RunWords pack_run(const uint32_t (&code)[8], const KvPa
 }
 VERICACHE_BOTH constexpr void unpack_run(const RunWords& words, const KvPart& part, const Run8& run,
                                          uint32_t (&code)[8]) {
+  const uint32_t threes = in_threes(part) ? run_of_threes(words.three, run) : 0;
   for (int i = 0; i < 8; ++i) {
+    if (in_threes(part)) {
+      code[i] = threes >> pair_place(i, 3) & 7u;
+      continue;
+    }
     uint32_t order = 0;
     if ((part.bits & 8) != 0) {
       order = take_wide(words.wide, i, part.code != KvCode::int8);
@@ -180,6 +229,12 @@ VERICACHE_BOTH inline uint32_t word_at(const std::byte* at) {
 }
 VERICACHE_BOTH inline RunWords read_run(const std::byte* chunk, const KvPart& part, const Run8& run) {
   RunWords out;
+  if (in_threes(part)) {
+    for (int i = 0; i < 3; ++i) {
+      out.three[i] = word_at(chunk + three_offset(run, i));
+    }
+    return out;
+  }
   if ((part.bits & 8) != 0) {
     out.wide[0] = word_at(chunk + run_offset(run, part.bits, 8));
     out.wide[1] = word_at(chunk + run_offset(run, part.bits, 8) + 4);

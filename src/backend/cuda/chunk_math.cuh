@@ -72,8 +72,17 @@ class ChunkReader {
     const uint32_t of_two = two_[2 * kR + kX];
     const uint32_t of_one = one_[kR];
     if constexpr (kCode == KvCode::affine && kBits == 3) {
-      out = place_bits<kTwo, 1>(of_two, 0x00060006u, kLowExponent);
-      out = place_bits<kOne, 0>(of_one, 0x00010001u, out);
+      constexpr int kRun = 2 * kX + kRow;
+      const uint32_t words[3] = {two_[2 * kR], two_[2 * kR + 1], of_one};
+      if constexpr (kRun < 3) {
+        out = place_bits<3 * kPair, 0>(words[kRun], 0x00070007u, kLowExponent);
+      } else if constexpr (kPair < 3) {
+        out = place_bits<12, 0>(words[kPair], 0x00070007u, kLowExponent);
+      } else {
+        out = place_bits<15, 0>(words[0], 0x00010001u, kLowExponent);
+        out = place_bits<15, 1>(words[1], 0x00020002u, out);
+        out = place_bits<15, 2>(words[2], 0x00040004u, out);
+      }
     } else if constexpr (kCode == KvCode::affine) {
       static_assert(kBits == 6);
       out = place_bits<4 * kPair, 2>(of_four, 0x003c003cu, kLowExponent);
