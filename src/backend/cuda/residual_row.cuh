@@ -48,6 +48,10 @@ template <typename Format>
 constexpr bool kTabulated = false;  // few enough codes that the fields of all of them are made first
 template <int kBits>
 constexpr bool kTabulated<FixedPart<kBits, KvCode::affine>> = kBits <= 4;
+template <typename Format>
+constexpr bool kPlane = false;
+template <int kBits>
+constexpr bool kPlane<FixedPart<kBits, KvCode::plane>> = true;
 
 // The K (kKeys) or V part of a packed head page, and the codes of a lane's values in it: of a row of K 8 dims of one
 // token, of V 8 tokens of one dim (layout.h). Format: FixedPart, or KvPart for those that are rarely met.
@@ -131,21 +135,26 @@ struct PackedPart {
   }
 };
 
-// run(PackedPart) of the format that a part has; not for one that is exact.
+// run(PackedPart) of the format that a part has; not for one that is exact. The widest planes are rarely met.
 template <int kHeadDim, bool kKeys, typename Run>
 __device__ inline void with_part(const KvPart& part, const Run& run) {
-  if (part.code == KvCode::affine && part.bits == 2) {
-    run(PackedPart<kHeadDim, kKeys, FixedPart<2>>());
-  } else if (part.code == KvCode::affine && part.bits == 3) {
-    run(PackedPart<kHeadDim, kKeys, FixedPart<3>>());
-  } else if (part.code == KvCode::affine && part.bits == 4) {
-    run(PackedPart<kHeadDim, kKeys, FixedPart<4>>());
-  } else if (part.code == KvCode::affine && part.bits == 8) {
-    run(PackedPart<kHeadDim, kKeys, FixedPart<8>>());
-  } else if (part.code == KvCode::plane && part.bits == 8) {
-    run(PackedPart<kHeadDim, kKeys, FixedPart<8, KvCode::plane>>());
+  const auto as = [&](auto format) { run(PackedPart<kHeadDim, kKeys, decltype(format)>{format}); };
+  if (part.code == KvCode::int8) {
+    as(FixedPart<8, KvCode::int8>());
+  } else if (part.code == KvCode::fp8) {
+    as(FixedPart<8, KvCode::fp8>());
+  } else if (part.code == KvCode::plane) {
+    part.bits == 8 ? as(FixedPart<8, KvCode::plane>()) : as(part);
+  } else if (part.bits == 2) {
+    as(FixedPart<2>());
+  } else if (part.bits == 3) {
+    as(FixedPart<3>());
+  } else if (part.bits == 4) {
+    as(FixedPart<4>());
+  } else if (part.bits == 6) {
+    as(FixedPart<6>());
   } else {
-    run(PackedPart<kHeadDim, kKeys, KvPart>{part});
+    as(FixedPart<8>());
   }
 }
 

@@ -108,7 +108,8 @@ __device__ void decode_part(const BlockReader& block, const KvPart& format, cons
     return;
   }
   with_part<kHeadDim, kKeys>(format, [&](const auto& own) {
-    constexpr bool kTable = kTabulated<std::decay_t<decltype(own.format)>>;
+    using Format = std::decay_t<decltype(own.format)>;
+    constexpr bool kTable = kTabulated<Format>;
     if constexpr (kTable) {
       make_table<kKeys ? kHeadDim : kPageTokens>(own, packed, table);
       __syncthreads();
@@ -117,7 +118,8 @@ __device__ void decode_part(const BlockReader& block, const KvPart& format, cons
       const int block_row = kFirst + row;
       const uint32_t begin =
           block_row == 0 ? BlockShape<kHeadDim>::kRows : block.half(static_cast<uint32_t>(block_row - 1));
-      if (block.half(static_cast<uint32_t>(block_row)) - begin == kRowHalves) {
+      const uint32_t halves = block.half(static_cast<uint32_t>(block_row)) - begin;
+      if (halves == kRowHalves) {
         out[block_row * 32 + lane] = read_raw(block, begin, lane);
         continue;
       }
@@ -125,14 +127,28 @@ __device__ void decode_part(const BlockReader& block, const KvPart& format, cons
       if constexpr (kTable) {
         uint32_t codes[kLaneValues];
         own.read_codes(packed, row, lane, codes);
-        constexpr KvPart kFormat = std::decay_t<decltype(own.format)>();
+        constexpr KvPart kFormat = Format();
         look_up<kFormat.bits>(table, own.first_affine_group(row, lane), codes, fields);
       } else {
+        if constexpr (kPlane<Format>) {
+          constexpr KvPart kFormat = Format();
+          // An escape is wider, and so is its row.
+          if (halves == (12 - kFormat.bits) * kRowValues / 16) {
+            uint32_t codes[kLaneValues];
+            uint32_t bases[kLaneValues];
+            own.with_codes(packed, row, lane, [&](int i, uint32_t code, const ResidualGroup& group) {
+              codes[i] = code;
+              bases[i] = group.first;
+            });
+            out[block_row * 32 + lane] = read_plane_fields<kFormat.bits>(block, begin, lane, codes, bases);
+            continue;
+          }
+        }
         own.with_codes(packed, row, lane, [&](int i, uint32_t code, const ResidualGroup& group) {
           fields[i] = pack_residual_field(own.format, code, group);
         });
       }
-      out[block_row * 32 + lane] = read_coded(block, begin, fields);
+      out[block_row * 32 + lane] = read_coded(block, begin, halves, fields);
     }
   });
 }

@@ -30,6 +30,13 @@ __device__ inline uint32_t transpose_pairs(uint32_t pairs) {
   return out;
 }
 
+// A bit for each lane below this one.
+__device__ inline uint32_t lanes_below() {
+  uint32_t mask;
+  asm("mov.u32 %0, %%lanemask_lt;" : "=r"(mask));
+  return mask;
+}
+
 // The value of lane 0, known to the compiler as the same in all lanes.
 __device__ inline int uniform(int value) {
   return __shfl_sync(kAllLanes, value, 0);
