@@ -18,6 +18,12 @@ enum class ResidualCode {
   resident   // coded as what the resident page of the same tokens lacks
 };
 
+// Whether the rows of K (keys) or V are lossless ones. What a rotated format holds as bf16 was rounded after it was
+// rotated: it has not the values, and no codes that leave something open.
+VERICACHE_BOTH inline bool coded_alone(ResidualCode code, const KvFormat& format, bool keys) {
+  return code == ResidualCode::lossless || (format.rotated && (keys ? format.key() : format.value()).exact());
+}
+
 // An encoded page, all of it in units of 16 bytes:
 //   uint32 (kv_heads), padded to a unit: where each head's block ends, in units from the page's beginning;
 //   the blocks of the heads.
@@ -62,8 +68,9 @@ struct ResidualField {
   int magnitude_bits = 0;    // of top - magnitude, kOpenBits at most: then smaller magnitudes escape, all ones says so
   bool either_sign = false;  // then the sign is one bit more, below
   bool negative = false;     // else this is it
+  bool likely = false;       // all ones says so of fewer bits as well: the range is likely, not certain
   VERICACHE_BOTH int bits() const { return magnitude_bits + (either_sign ? 1 : 0); }
-  VERICACHE_BOTH bool open() const { return magnitude_bits == kOpenBits; }
+  VERICACHE_BOTH bool open() const { return likely || magnitude_bits == kOpenBits; }
 };
 
 // Two floats to the nearest bf16, ties to even, the first in the low half. NaN gives something.
@@ -90,6 +97,23 @@ VERICACHE_BOTH inline int residual_log2(uint32_t x) {
 #endif
 }
 
+// The bf16 magnitudes from one float to another.
+struct MagnitudeRange {
+  uint32_t top = 0;
+  uint32_t bottom = 0;
+  bool either_sign = false;  // then the smallest is zero
+  bool negative = false;
+};
+VERICACHE_BOTH inline MagnitudeRange magnitude_range(float low, float high) {
+  const uint32_t pair = residual_round(low, high);
+  const uint32_t magnitude_low = pair & 0x7fffu;
+  const uint32_t magnitude_high = pair >> 16 & 0x7fffu;
+  const bool either_sign = ((pair << 16 ^ pair) >> 31) != 0;
+  const uint32_t nearer = magnitude_low < magnitude_high ? magnitude_low : magnitude_high;
+  return {magnitude_low > magnitude_high ? magnitude_low : magnitude_high, either_sign ? 0 : nearer, either_sign,
+          pair >> 31 != 0};
+}
+
 // Affine codes: a value lies within half a step of minimum + code * scale. Near zero a step holds every small exponent:
 // what is below a sixteenth of the step's far end escapes, so that no code leaves more than kMostFieldBits open.
 VERICACHE_BOTH inline ResidualField affine_field(uint32_t code, float scale, float minimum) {
@@ -100,17 +124,9 @@ VERICACHE_BOTH inline ResidualField affine_field(uint32_t code, float scale, flo
   if (!(low <= high)) {
     return {};  // NaN: hardly a value fits
   }
-  const uint32_t pair = residual_round(low, high);
-  const uint32_t magnitude_low = pair & 0x7fffu;
-  const uint32_t magnitude_high = pair >> 16 & 0x7fffu;
-  ResidualField field;
-  field.either_sign = ((pair << 16 ^ pair) >> 31) != 0;
-  field.negative = pair >> 31 != 0;
-  field.top = magnitude_low > magnitude_high ? magnitude_low : magnitude_high;
-  const uint32_t nearer = magnitude_low < magnitude_high ? magnitude_low : magnitude_high;
-  const int bits = residual_log2(field.top - (field.either_sign ? 0 : nearer) + 1);
-  field.magnitude_bits = bits < kOpenBits ? bits : kOpenBits;
-  return field;
+  const MagnitudeRange range = magnitude_range(low, high);
+  const int bits = residual_log2(range.top - range.bottom + 1);
+  return {range.top, bits < kOpenBits ? bits : kOpenBits, range.either_sign, range.negative};
 }
 
 // A code that stands for nothing in particular: the value itself follows.
@@ -195,7 +211,7 @@ VERICACHE_BOTH inline CodedValue code_value(const ResidualField& field, uint32_t
 }
 
 VERICACHE_BOTH inline bool residual_escapes(const ResidualField& field, uint32_t bits) {
-  return field.open() && bits >> (field.either_sign ? 1 : 0) == (1u << kOpenBits) - 1;
+  return field.open() && bits >> (field.either_sign ? 1 : 0) == (1u << field.magnitude_bits) - 1;
 }
 // Any bits give a value; those of code_value give the one that was coded.
 VERICACHE_BOTH inline uint32_t value_of(const ResidualField& field, uint32_t bits) {
