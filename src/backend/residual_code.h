@@ -97,23 +97,6 @@ VERICACHE_BOTH inline int residual_log2(uint32_t x) {
 #endif
 }
 
-// The bf16 magnitudes from one float to another.
-struct MagnitudeRange {
-  uint32_t top = 0;
-  uint32_t bottom = 0;
-  bool either_sign = false;  // then the smallest is zero
-  bool negative = false;
-};
-VERICACHE_BOTH inline MagnitudeRange magnitude_range(float low, float high) {
-  const uint32_t pair = residual_round(low, high);
-  const uint32_t magnitude_low = pair & 0x7fffu;
-  const uint32_t magnitude_high = pair >> 16 & 0x7fffu;
-  const bool either_sign = ((pair << 16 ^ pair) >> 31) != 0;
-  const uint32_t nearer = magnitude_low < magnitude_high ? magnitude_low : magnitude_high;
-  return {magnitude_low > magnitude_high ? magnitude_low : magnitude_high, either_sign ? 0 : nearer, either_sign,
-          pair >> 31 != 0};
-}
-
 // Affine codes: a value lies within half a step of minimum + code * scale. Near zero a step holds every small exponent:
 // what is below a sixteenth of the step's far end escapes, so that no code leaves more than kMostFieldBits open.
 VERICACHE_BOTH inline ResidualField affine_field(uint32_t code, float scale, float minimum) {
@@ -124,9 +107,17 @@ VERICACHE_BOTH inline ResidualField affine_field(uint32_t code, float scale, flo
   if (!(low <= high)) {
     return {};  // NaN: hardly a value fits
   }
-  const MagnitudeRange range = magnitude_range(low, high);
-  const int bits = residual_log2(range.top - range.bottom + 1);
-  return {range.top, bits < kOpenBits ? bits : kOpenBits, range.either_sign, range.negative};
+  const uint32_t pair = residual_round(low, high);
+  const uint32_t magnitude_low = pair & 0x7fffu;
+  const uint32_t magnitude_high = pair >> 16 & 0x7fffu;
+  ResidualField field;
+  field.either_sign = ((pair << 16 ^ pair) >> 31) != 0;
+  field.negative = pair >> 31 != 0;
+  field.top = magnitude_low > magnitude_high ? magnitude_low : magnitude_high;
+  const uint32_t nearer = magnitude_low < magnitude_high ? magnitude_low : magnitude_high;
+  const int bits = residual_log2(field.top - (field.either_sign ? 0 : nearer) + 1);
+  field.magnitude_bits = bits < kOpenBits ? bits : kOpenBits;
+  return field;
 }
 
 // A code that stands for nothing in particular: the value itself follows.

@@ -3,6 +3,7 @@
 // Pure; any thread. The arithmetic of one value is host and device code.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 #include <vector>
 
@@ -29,22 +30,30 @@ VERICACHE_BOTH inline float rotated_reach(float squares, int steps) {
 #endif
 }
 
+// The magnitudes within `reach` of `base`, the smallest in the low half: bf16, rounded. NaN counts as no bound, and so
+// does what overflows.
+VERICACHE_BOTH inline uint32_t rotated_range(float base, float reach) {
+  const float distance = fabsf(base);
+  return residual_round(fmaxf(distance - reach, 0.0f), fminf(distance + reach, FLT_MAX));
+}
+VERICACHE_BOTH inline bool rotated_either_sign(float base, float reach) {
+  return !(fabsf(base) > reach);
+}
+
 // The field of a value that is likely to lie within `reach` of `base`: the magnitudes in there, and as many to either
 // side as its bits can count beside the escape.
 VERICACHE_BOTH inline ResidualField rotated_field(float base, float reach) {
-  const float low = base - reach;
-  const float high = base + reach;
-  if (!(low <= high)) {
-    return escaping_field();  // NaN
-  }
-  const MagnitudeRange range = magnitude_range(low, high);
-  const uint32_t count = range.top - range.bottom + 1;
+  const uint32_t range = rotated_range(base, reach);
+  const uint32_t top = range >> 16;
+  const uint32_t count = top - (range & 0xffffu) + 1;
   const int bits = residual_log2(count + 1);
+  const bool either_sign = rotated_either_sign(base, reach);
+  const bool negative = !either_sign && base < 0;
   if (bits > kOpenBits) {
-    return {range.top, kOpenBits, range.either_sign, range.negative, true};
+    return {top, kOpenBits, either_sign, negative, true};
   }
   const uint32_t spare = (1u << bits) - 1 - count;
-  return {range.top + spare / 2, bits, range.either_sign, range.negative, true};
+  return {top + spare / 2, bits, either_sign, negative, true};
 }
 
 // Bases and reaches of a packed K or V part of a head page, whose codes are affine. Channels that only fill a key up to

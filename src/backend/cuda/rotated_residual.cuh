@@ -181,20 +181,15 @@ __device__ inline uint32_t ones(uint32_t count) {
 // rotated_field() in a word, without a branch: its bits in the first byte, in the second whether the sign is one of
 // them, top and sign in the high half. The low bits count modulo 32 wherever they shift or mask, whatever stands above.
 __device__ inline uint32_t pack_rotated_field(float base, float reach) {
-  const float low = base - reach;
-  const float high = base + reach;
-  const uint32_t pair = residual_round(low, high);
-  const uint32_t either = (pair << 16 ^ pair) >> 31;
-  const uint32_t magnitude_low = pair & 0x7fffu;
-  const uint32_t magnitude_high = pair >> 16 & 0x7fffu;
-  const uint32_t top = max(magnitude_low, magnitude_high);
-  const uint32_t bottom = min(magnitude_low, magnitude_high) & (either - 1);
-  const uint32_t count = top - bottom + 1;
-  const uint32_t bits = min(32u - static_cast<uint32_t>(__clz(static_cast<int>(count))), uint32_t{kOpenBits});
-  const int spare = max(static_cast<int>(ones(bits) - count), 0);
-  const uint32_t packed =
-      (top + static_cast<uint32_t>(spare) / 2) * 0x10000u + (pair & 0x80000000u) + bits + either * 0x101u;
-  return low <= high ? packed : static_cast<uint32_t>(kOpenBits);
+  const uint32_t range = rotated_range(base, reach);
+  // The number of magnitudes in the high half, the smallest in the low one.
+  const uint32_t count = range * 0xffff0001u + 0x10000u;
+  const uint32_t bits = min(31u - static_cast<uint32_t>(__clz(static_cast<int>(count))), 15u + kOpenBits) - 15u;
+  const int spare = max(static_cast<int>(ones(bits) - (count >> 16)), 0);
+  const uint32_t moved = range + static_cast<uint32_t>(spare) / 2 * 0x10000u;
+  const bool either = rotated_either_sign(base, reach);
+  const uint32_t low = bits + (either ? 0x101u : 0);
+  return __byte_perm(low, moved, 0x7610) | (either ? 0 : __float_as_uint(base) & 0x80000000u);
 }
 
 // A row of `halves` whose values lie about these bases.
