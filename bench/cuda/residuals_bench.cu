@@ -170,6 +170,10 @@ int main() {
     const std::string name = "kivi " + std::to_string(bits);
     cuda::bench(name.c_str(), {bits, bits}, ResidualCode::resident, memory);
   }
+  for (const int bits : {8, 6, 4, 3, 2}) {
+    const std::string name = "quarot " + std::to_string(bits);
+    cuda::bench(name.c_str(), {bits, bits, KvCode::affine, true}, ResidualCode::resident, memory);
+  }
   cuda::bench("lossless", {4, 4}, ResidualCode::lossless, memory);
   return 0;
 }

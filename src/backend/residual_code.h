@@ -18,6 +18,12 @@ enum class ResidualCode {
   resident   // coded as what the resident page of the same tokens lacks
 };
 
+// Whether the rows of K (keys) or V are lossless ones. What a rotated format holds as bf16 was rounded after it was
+// rotated: it has not the values, and no codes that leave something open.
+VERICACHE_BOTH inline bool coded_alone(ResidualCode code, const KvFormat& format, bool keys) {
+  return code == ResidualCode::lossless || (format.rotated && (keys ? format.key() : format.value()).exact());
+}
+
 // An encoded page, all of it in units of 16 bytes:
 //   uint32 (kv_heads), padded to a unit: where each head's block ends, in units from the page's beginning;
 //   the blocks of the heads.
@@ -62,8 +68,9 @@ struct ResidualField {
   int magnitude_bits = 0;    // of top - magnitude, kOpenBits at most: then smaller magnitudes escape, all ones says so
   bool either_sign = false;  // then the sign is one bit more, below
   bool negative = false;     // else this is it
+  bool likely = false;       // all ones says so of fewer bits as well: the range is likely, not certain
   VERICACHE_BOTH int bits() const { return magnitude_bits + (either_sign ? 1 : 0); }
-  VERICACHE_BOTH bool open() const { return magnitude_bits == kOpenBits; }
+  VERICACHE_BOTH bool open() const { return likely || magnitude_bits == kOpenBits; }
 };
 
 // Two floats to the nearest bf16, ties to even, the first in the low half. NaN gives something.
@@ -195,7 +202,7 @@ VERICACHE_BOTH inline CodedValue code_value(const ResidualField& field, uint32_t
 }
 
 VERICACHE_BOTH inline bool residual_escapes(const ResidualField& field, uint32_t bits) {
-  return field.open() && bits >> (field.either_sign ? 1 : 0) == (1u << kOpenBits) - 1;
+  return field.open() && bits >> (field.either_sign ? 1 : 0) == (1u << field.magnitude_bits) - 1;
 }
 // Any bits give a value; those of code_value give the one that was coded.
 VERICACHE_BOTH inline uint32_t value_of(const ResidualField& field, uint32_t bits) {

@@ -198,7 +198,7 @@ uint32_t encode_page(const KvShape& shape, ResidualCode code, const KvFormat& fo
       const bool keys = row < key_rows;
       std::array<uint16_t, kRowValues> values;
       std::memcpy(values.data(), source + static_cast<size_t>(row) * kRawRowBytes, kRawRowBytes);
-      if (code == ResidualCode::lossless) {
+      if (coded_alone(code, format, keys)) {
         bytes += encode_lossless_row(values.data(), block + bytes);
       } else if (!(keys ? format.key() : format.value()).exact()) {
         const int first = (keys ? row : row - key_rows) * kRowValues;
@@ -245,7 +245,7 @@ void decode_page(const KvShape& shape, ResidualCode code, const KvFormat& format
       const std::byte* source = block + std::min(row_begin, row_end);
       const size_t bytes = row_end - std::min(row_begin, row_end);
       const int first = (keys ? row : row - key_rows) * kRowValues;
-      if (code == ResidualCode::lossless) {
+      if (coded_alone(code, format, keys)) {
         decode_lossless_row(source, bytes, values.data());
       } else if (!(keys ? format.key() : format.value()).exact()) {
         decode_row(

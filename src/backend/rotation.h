@@ -39,4 +39,9 @@ inline void rotate(float* x, int head_dim) {
   }
 }
 
+// The sum of x (count, a power of two), in the order of rotate()'s first sums.
+inline float rotation_sum(const float* x, int count) {
+  return count == 1 ? x[0] : rotation_sum(x, count / 2) + rotation_sum(x + count / 2, count / 2);
+}
+
 }  // namespace vericache

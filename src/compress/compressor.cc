@@ -26,9 +26,9 @@ size_t Compressor::resident_bytes(int tokens, const KvShape& shape) const {
 namespace {
 
 // Bits of a value that a resident code leaves open, headers and escapes included.
-double open_bits(const KvPart& part) {
+double open_bits(const KvPart& part, bool rotated) {
   if (part.exact()) {
-    return 0;
+    return rotated ? 11.45 : 0;
   }
   switch (part.code) {
     case KvCode::plane:
@@ -42,7 +42,7 @@ double open_bits(const KvPart& part) {
   }
   switch (part.bits) {
     case 8:
-      return 3.7;
+      return 3.8;
     case 6:
       return 5.7;
     case 4:
@@ -63,7 +63,7 @@ double Compressor::coded_share() const {
     case ResidualCode::lossless:
       return 11.45 / 16;
     case ResidualCode::resident:
-      return (open_bits(format().key()) + open_bits(format().value())) / 32;
+      return (open_bits(format().key(), format().rotated) + open_bits(format().value(), format().rotated)) / 32;
   }
   return 1;
 }

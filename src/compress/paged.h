@@ -20,9 +20,7 @@ class PagedCompressor final : public Compressor {
   explicit PagedCompressor(const KvFormat& format) : format_(format) {}
   std::string name() const override;
   KvFormat format() const override { return format_; }
-  ResidualCode residual_code() const override {
-    return format_.exact() ? ResidualCode::plain : format_.rotated ? ResidualCode::lossless : ResidualCode::resident;
-  }
+  ResidualCode residual_code() const override { return format_.exact() ? ResidualCode::plain : ResidualCode::resident; }
   bool compress(Kernels& kernels, const FullLayer& full, TokenRange fresh, const Attended& seen,
                 ResidentLayer& out) override;
 

@@ -43,6 +43,10 @@ inline KvFormat format_of(int key_bits, int value_bits) {
   return {.key_bits = key_bits, .value_bits = value_bits};
 }
 
+inline KvFormat rotated_of(int key_bits, int value_bits) {
+  return {.key_bits = key_bits, .value_bits = value_bits, .code = KvCode::affine, .rotated = true};
+}
+
 // Pages of one layer: bf16, in resident form, encoded, and decoded again.
 class ResidualPages {
  public:

@@ -25,6 +25,9 @@ std::vector<Case> cases() {
     for (const auto& [keys, values] : {std::pair{2, 2}, {4, 4}, {8, 8}, {8, 4}, {16, 2}, {4, 16}, {3, 6}, {6, 3}}) {
       out.push_back({shape, format_of(keys, values), ResidualCode::resident});
     }
+    for (const auto& [keys, values] : {std::pair{2, 2}, {3, 3}, {4, 4}, {6, 6}, {8, 8}, {3, 8}, {16, 2}, {4, 16}}) {
+      out.push_back({shape, rotated_of(keys, values), ResidualCode::resident});
+    }
     for (const KvFormat& format :
          {KvFormat{8, 8, KvCode::plane}, KvFormat{6, 9, KvCode::plane}, KvFormat{16, 7, KvCode::plane},
           KvFormat{8, 8, KvCode::fp8}, KvFormat{8, 8, KvCode::int8}}) {
@@ -65,6 +68,9 @@ TEST(Residuals, OrdinaryValuesTakeFewBits) {
       {format_of(4, 4), ResidualCode::resident, 9.4},       {format_of(2, 2), ResidualCode::resident, 11.5},
       {{8, 8, KvCode::plane}, ResidualCode::resident, 4.2}, {{6, 6, KvCode::plane}, ResidualCode::resident, 6.2},
       {{8, 8, KvCode::fp8}, ResidualCode::resident, 5.0},   {{8, 8, KvCode::int8}, ResidualCode::resident, 5.3},
+      {rotated_of(8, 8), ResidualCode::resident, 4.4},      {rotated_of(6, 6), ResidualCode::resident, 6.2},
+      {rotated_of(4, 4), ResidualCode::resident, 8.3},      {rotated_of(3, 3), ResidualCode::resident, 9.4},
+      {rotated_of(2, 2), ResidualCode::resident, 10.9},     {rotated_of(16, 4), ResidualCode::resident, 10.0},
       {format_of(4, 4), ResidualCode::lossless, 11.5}};
   for (const Target& target : targets) {
     ResidualPages pages(shape, target.format, 4);

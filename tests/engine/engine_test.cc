@@ -189,8 +189,9 @@ TEST(Engine, EveryFormatGivesTheFullAnswer) {
 // Pages that cross the wire as what their resident form lacks, or coded by themselves; late, and some of them broken.
 TEST(Engine, EncodedResidualsGiveTheFullAnswer) {
   const Outcome reference = run(nullptr, full_mode(), prompts(), 40, 0.7f);
-  for (const char* compressor : {"kivi:bits=4", "kivi:k=8,v=3", "plane:bits=8", "fp8", "int8", "quarot:bits=4",
-                                 "snapkv:budget=0.3", "snapkv:budget=0.3+plane:bits=6"}) {
+  for (const char* compressor :
+       {"kivi:bits=4", "kivi:k=8,v=3", "plane:bits=8", "fp8", "int8", "quarot:bits=4", "quarot:bits=3",
+        "snapkv+quarot:bits=3", "snapkv:budget=0.3", "snapkv:budget=0.3+plane:bits=6"}) {
     for (const WireForm form : {WireForm::plain, WireForm::coded}) {
       EngineOptions options = full_mode();
       options.horizon = 8;

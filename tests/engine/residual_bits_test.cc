@@ -150,6 +150,11 @@ TEST(ResidualBits, OfATrainedModelsKvAreWithinTheirTargets) {
                             {"kivi 4", {4, 4}, 9.4},
                             {"kivi 3", {3, 3}, 10.6},
                             {"kivi 2", {2, 2}, 11.5},
+                            {"quarot 8", {8, 8, KvCode::affine, true}, 3.9},
+                            {"quarot 6", {6, 6, KvCode::affine, true}, 5.6},
+                            {"quarot 4", {4, 4, KvCode::affine, true}, 7.7},
+                            {"quarot 3", {3, 3, KvCode::affine, true}, 9.0},
+                            {"quarot 2", {2, 2, KvCode::affine, true}, 10.5},
                             {"fp8", {8, 8, KvCode::fp8}, 5.0},
                             {"int8", {8, 8, KvCode::int8}, 5.3},
                             {"lossless", {4, 4}, 11.5}};

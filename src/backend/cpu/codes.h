@@ -12,12 +12,14 @@ struct CodeIndex {
   int lane = 0;
   int e = 0;      // of the pair
   int token = 0;  // of the page
+  int dim = 0;    // of the head
   int group = 0;  // whose scale and minimum, or base or scale, the code is read with
 };
 inline CodeIndex code_index(const PartLayout& layout, int index) {
   CodeIndex at{.row = index / (2 * kPanel), .lane = index / 2 % kPanel, .e = index % 2};
   const int in_panel = 2 * (at.row % layout.pairs) + at.e;
   at.token = layout.keys ? at.row / layout.pairs * kPanel + at.lane : in_panel;
+  at.dim = layout.keys ? in_panel : at.row / layout.pairs * kPanel + at.lane;
   at.group = layout.part.by_token() ? at.token : in_panel;
   return at;
 }

@@ -1,7 +1,11 @@
 #include "backend/cpu/residuals.h"
 
+#include <array>
+#include <vector>
+
 #include "backend/cpu/codes.h"
 #include "backend/residual_rows.h"
+#include "backend/rotated_residual.h"
 #include "base/check.h"
 
 namespace vericache {
@@ -10,24 +14,45 @@ namespace {
 // The codes of the resident head pages of one page, and what they are read with.
 class PackedFields {
  public:
-  PackedFields(const KvView& resident, int page, const KvShape& shape)
+  PackedFields(const KvView& resident, int page, const KvShape& shape, ResidualCode code)
       : resident_(resident),
         page_(page),
         shape_(shape),
         keys_(key_layout(resident.format, shape)),
-        values_(value_layout(resident.format, shape)) {}
+        values_(value_layout(resident.format, shape)) {
+    for (const bool keys : {true, false}) {
+      if (!resident.format.rotated || coded_alone(code, resident.format, keys)) {
+        continue;
+      }
+      for (int head = 0; head < shape.kv_heads; ++head) {
+        bases_[keys ? 0 : 1].push_back(base_of_part(head, keys));
+      }
+    }
+  }
 
   const std::byte* part(int head, bool keys) const {
     return resident_.head_page(head, page_) + (keys ? 0 : key_page_bytes(resident_.format.key(), shape_));
   }
   ResidualField operator()(int head, bool keys, int i) const {
     const PartLayout& layout = keys ? keys_ : values_;
-    const std::byte* packed = part(head, keys);
     const CodeIndex at = code_index(layout, i);
+    if (const auto& bases = bases_[keys ? 0 : 1]; !bases.empty()) {
+      return bases[static_cast<size_t>(head)].field(at.token, at.dim);
+    }
+    const std::byte* packed = part(head, keys);
     return residual_field(layout.part, code_at(packed, layout, at), group_of(packed, layout, at.group));
   }
 
  private:
+  RotatedBase base_of_part(int head, bool keys) const {
+    const PartLayout& layout = keys ? keys_ : values_;
+    const std::byte* packed = part(head, keys);
+    return {shape_, keys, [&](int token, int dim) -> RotatedBase::Code {
+              const size_t index = keys ? key_index(token, dim, shape_) : value_index(token, dim);
+              const CodeIndex at = code_index(layout, static_cast<int>(index));
+              return {code_at(packed, layout, at), group_of(packed, layout, at.group)};
+            }};
+  }
   static ResidualGroup group_of(const std::byte* packed, const PartLayout& layout, int group) {
     const std::byte* groups = packed + layout.code_bytes();
     uint16_t bits[2] = {};
@@ -50,6 +75,7 @@ class PackedFields {
   const KvShape& shape_;
   PartLayout keys_;
   PartLayout values_;
+  std::array<std::vector<RotatedBase>, 2> bases_;  // of K and of V, (heads); of rotated formats
 };
 
 }  // namespace
@@ -58,7 +84,7 @@ void encode_residuals(const EncodeArgs& args) {
   check(args.pages.size() <= EncodeArgs::kMostPages, "pages of one call");
   uint32_t units = 0;
   for (size_t i = 0; i < args.pages.size(); ++i) {
-    const PackedFields fields(args.resident, args.first + static_cast<int>(i), args.shape);
+    const PackedFields fields(args.resident, args.first + static_cast<int>(i), args.shape, args.code);
     units += encode_page(args.shape, args.code, args.resident.format, args.pages[i], fields,
                          args.out + units * kResidualUnit);
     args.ends[i] = units;
@@ -68,7 +94,7 @@ void encode_residuals(const EncodeArgs& args) {
 void decode_residuals(const DecodeArgs& args) {
   for (int i = 0; i < args.count; ++i) {
     const uint32_t begin = i == 0 ? 0 : args.ends[i - 1];
-    const PackedFields fields(args.resident, i, args.shape);
+    const PackedFields fields(args.resident, i, args.shape, args.code);
     decode_page(
         args.shape, args.code, args.resident.format, args.in + begin * kResidualUnit, args.ends[i] - begin, fields,
         [&](int head, bool keys) { return fields.part(head, keys); },

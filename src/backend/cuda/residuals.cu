@@ -5,6 +5,7 @@
 #include "backend/cuda/head_dim.h"
 #include "backend/cuda/ops.h"
 #include "backend/cuda/residual_reader.cuh"
+#include "backend/cuda/rotated_residual.cuh"
 #include "base/check.h"
 
 namespace vericache::cuda {
@@ -12,6 +13,14 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
+static_assert(kWarps == kOctets);
+
+// How pages are coded: each its own kernel. Rotated formats keep more in registers and shared memory.
+enum class Form { lossless, resident, rotated };
+
+inline Form form_of(ResidualCode code, const KvFormat& format) {
+  return code == ResidualCode::lossless ? Form::lossless : format.rotated ? Form::rotated : Form::resident;
+}
 
 template <int kHeadDim>
 struct BlockShape {
@@ -45,14 +54,28 @@ struct DecodeMemory {
   __host__ __device__ static constexpr size_t table_bytes(const KvPart& part, int groups) {
     return !part.by_token() && part.bits <= 4 ? sizeof(uint32_t) * static_cast<size_t>(groups << part.bits) : 0;
   }
-  static constexpr size_t bytes(bool lossless, const KvFormat& format) {
-    return kPackedAt + (lossless ? 0
-                                 : key_bytes(format.key()) + value_bytes(format.value()) + kTableAlignment +
-                                       table_bytes(format.key(), kHeadDim) + table_bytes(format.value(), kPageTokens));
+  static constexpr size_t packed_bytes(const KvFormat& format) {
+    return key_bytes(format.key()) + value_bytes(format.value());
+  }
+  static constexpr size_t bytes(Form form, const KvFormat& format) {
+    switch (form) {
+      case Form::lossless:
+        return kPackedAt;
+      case Form::rotated:
+        return kPackedAt + packed_bytes(format) + sizeof(RotatedPart<kHeadDim>);
+      case Form::resident:
+        break;
+    }
+    return kPackedAt + packed_bytes(format) + kTableAlignment + table_bytes(format.key(), kHeadDim) +
+           table_bytes(format.value(), kPageTokens);
   }
   // 8-bit keys with 4-bit values, the other way round and all others.
-  static constexpr size_t kMostBytes = kPackedAt + key_bytes(KvPart(9)) + value_bytes(KvPart(9)) + kTableAlignment +
-                                       table_bytes(KvPart(4), kHeadDim) + table_bytes(KvPart(4), kPageTokens);
+  static constexpr size_t kMostTables =
+      kTableAlignment + table_bytes(KvPart(4), kHeadDim) + table_bytes(KvPart(4), kPageTokens);
+  static constexpr size_t most_bytes(Form form) {
+    return kPackedAt + key_bytes(KvPart(9)) + value_bytes(KvPart(9)) +
+           (form == Form::rotated ? sizeof(RotatedPart<kHeadDim>) : kMostTables);
+  }
 };
 
 // All threads of the block; waited for by copies_wait.
@@ -154,8 +177,8 @@ __device__ void decode_part(const BlockReader& block, const KvPart& format, cons
 }
 
 // Grid (pages, heads).
-template <int kHeadDim, bool kLossless>
-__global__ void __launch_bounds__(kThreads, 4) decode_kernel(DecodeArgs args) {
+template <int kHeadDim, Form kForm>
+__global__ void __launch_bounds__(kThreads, kForm == Form::rotated ? 3 : 4) decode_kernel(DecodeArgs args) {
   using Memory = DecodeMemory<kHeadDim>;
   extern __shared__ uint4 memory[];
   auto* const coded = reinterpret_cast<std::byte*>(memory);
@@ -166,7 +189,7 @@ __global__ void __launch_bounds__(kThreads, 4) decode_kernel(DecodeArgs args) {
   const std::byte* values = nullptr;
   std::byte* const packed_keys = coded + Memory::kPackedAt;
   std::byte* const packed_values = packed_keys + Memory::key_bytes(format.key());
-  if constexpr (!kLossless) {
+  if constexpr (kForm != Form::lossless) {
     keys = resident_part(args.resident, head, page, true, kHeadDim);
     values = resident_part(args.resident, head, page, false, kHeadDim);
     copy_to_shared(packed_keys, keys, Memory::key_bytes(format.key()));
@@ -188,13 +211,17 @@ __global__ void __launch_bounds__(kThreads, 4) decode_kernel(DecodeArgs args) {
   auto* const out =
       reinterpret_cast<uint4*>(args.out + (static_cast<size_t>(page) * gridDim.y + static_cast<size_t>(head)) *
                                               BlockShape<kHeadDim>::kHeadPageBytes);
-  if constexpr (kLossless) {
+  if constexpr (kForm == Form::lossless) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     for (int row = static_cast<int>(threadIdx.x) / 32; row < BlockShape<kHeadDim>::kRows; row += kWarps) {
       const uint32_t row_begin = row == 0 ? BlockShape<kHeadDim>::kRows : block.half(static_cast<uint32_t>(row - 1));
       const bool raw = block.half(static_cast<uint32_t>(row)) - row_begin == kRowHalves;
       out[row * 32 + lane] = raw ? read_raw(block, row_begin, lane) : read_lossless(block, row_begin, lane);
     }
+  } else if constexpr (kForm == Form::rotated) {
+    auto* const shared = reinterpret_cast<RotatedPart<kHeadDim>*>(packed_values + Memory::value_bytes(format.value()));
+    decode_rotated<kHeadDim, true>(block, format.key(), packed_keys, shared, out);
+    decode_rotated<kHeadDim, false>(block, format.value(), packed_values, shared, out);
   } else {
     const auto behind = reinterpret_cast<uintptr_t>(packed_values + Memory::value_bytes(format.value()));
     auto* const table = reinterpret_cast<uint32_t*>((behind + Memory::kTableAlignment - 1) / Memory::kTableAlignment *
@@ -215,46 +242,94 @@ struct EncodeCall {
   uint32_t* ends;
 };
 
+// The bases of K and V of the block's head page, of rotated formats: all its dynamic shared memory.
+template <int kHeadDim>
+__device__ RotatedPart<kHeadDim>* rotated_parts() {
+  extern __shared__ uint4 memory[];
+  return reinterpret_cast<RotatedPart<kHeadDim>*>(memory);
+}
+template <int kHeadDim, Form kForm>
+__device__ void make_bases(const EncodeCall& call) {
+  if constexpr (kForm == Form::rotated) {
+    const int page = call.first + static_cast<int>(blockIdx.x);
+    const int head = static_cast<int>(blockIdx.y);
+    const KvFormat format = call.resident.format;
+    if (!format.key().exact()) {
+      rotated_parts<kHeadDim>()[0].template fill<true>(format.key(),
+                                                       resident_part(call.resident, head, page, true, kHeadDim));
+    }
+    if (!format.value().exact()) {
+      rotated_parts<kHeadDim>()[1].template fill<false>(format.value(),
+                                                        resident_part(call.resident, head, page, false, kHeadDim));
+    }
+    __syncthreads();
+  }
+}
+template <int kHeadDim>
+__device__ void rotated_fields(bool keys, int part_row, int lane, ResidualField (&fields)[kLaneValues]) {
+  float base[kLaneValues];
+  float reach[kLaneValues];
+  if (keys) {
+    rotated_parts<kHeadDim>()[0].template read<true>(part_row, lane, base, reach);
+  } else {
+    rotated_parts<kHeadDim>()[1].template read<false>(part_row, lane, base, reach);
+  }
+#pragma unroll
+  for (int i = 0; i < kLaneValues; ++i) {
+    fields[i] = rotated_field(base[i], reach[i]);
+  }
+}
+
+// Whether a row of the block is a lossless one.
+template <int kHeadDim, Form kForm>
+__device__ bool coded_alone(const EncodeCall& call, int row) {
+  return kForm == Form::lossless ||
+         (kForm == Form::rotated &&
+          vericache::coded_alone(ResidualCode::resident, call.resident.format, row < BlockShape<kHeadDim>::kKeyRows));
+}
+
 // A row of the block's head page. Values, and how they are to be written.
-template <int kHeadDim, bool kLossless>
+template <int kHeadDim, Form kForm>
 __device__ uint32_t make_row(const EncodeCall& call, int row, uint32_t (&values)[kLaneValues], LaneRow& made) {
   const int page = static_cast<int>(blockIdx.x);
   const int head = static_cast<int>(blockIdx.y);
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const std::byte* source = call.pages[page] + static_cast<size_t>(head) * BlockShape<kHeadDim>::kHeadPageBytes;
   unpack_values(reinterpret_cast<const uint4*>(source)[row * 32 + lane], values);
-  if constexpr (kLossless) {
+  if (coded_alone<kHeadDim, kForm>(call, row)) {
     const uint32_t base = choose_base(values);
     code_lossless_row(values, base, made);
     return base;
-  } else {
+  }
+  if constexpr (kForm != Form::lossless) {
     const bool keys = row < BlockShape<kHeadDim>::kKeyRows;
     const KvPart format = keys ? call.resident.format.key() : call.resident.format.value();
     if (format.exact()) {
       made.halves = 0;
       return 0;
     }
+    const int part_row = keys ? row : row - BlockShape<kHeadDim>::kKeyRows;
     ResidualField fields[kLaneValues];
-    const std::byte* part = resident_part(call.resident, head, call.first + page, keys, kHeadDim);
-    if (keys) {
-      with_part<kHeadDim, true>(format, [&](const auto& own) { own.read_fields(part, row, lane, fields); });
+    if constexpr (kForm == Form::rotated) {
+      rotated_fields<kHeadDim>(keys, part_row, lane, fields);
     } else {
-      with_part<kHeadDim, false>(
-          format, [&](const auto& own) { own.read_fields(part, row - BlockShape<kHeadDim>::kKeyRows, lane, fields); });
+      const std::byte* part = resident_part(call.resident, head, call.first + page, keys, kHeadDim);
+      const auto read = [&](const auto& own) { own.read_fields(part, part_row, lane, fields); };
+      keys ? with_part<kHeadDim, true>(format, read) : with_part<kHeadDim, false>(format, read);
     }
     code_row(values, fields, made);
-    return 0;
   }
+  return 0;
 }
 
 // Halves of every row into shared memory. The block's units.
-template <int kHeadDim, bool kLossless>
+template <int kHeadDim, Form kForm>
 __device__ uint32_t measure_block(const EncodeCall& call, uint32_t* row_halves) {
   constexpr int kRows = BlockShape<kHeadDim>::kRows;
   for (int row = static_cast<int>(threadIdx.x) / 32; row < kRows; row += kWarps) {
     uint32_t values[kLaneValues];
     LaneRow made;
-    make_row<kHeadDim, kLossless>(call, row, values, made);
+    make_row<kHeadDim, kForm>(call, row, values, made);
     if (threadIdx.x % 32 == 0) {
       row_halves[row] = static_cast<uint32_t>(made.halves);
     }
@@ -268,10 +343,11 @@ __device__ uint32_t measure_block(const EncodeCall& call, uint32_t* row_halves) 
 }
 
 // Grid (pages, heads): units of every block.
-template <int kHeadDim, bool kLossless>
+template <int kHeadDim, Form kForm>
 __global__ void __launch_bounds__(kThreads) measure_kernel(EncodeCall call) {
   __shared__ uint32_t row_halves[BlockShape<kHeadDim>::kRows];
-  const uint32_t units = measure_block<kHeadDim, kLossless>(call, row_halves);
+  make_bases<kHeadDim, kForm>(call);
+  const uint32_t units = measure_block<kHeadDim, kForm>(call, row_halves);
   if (threadIdx.x == 0) {
     call.sizes[blockIdx.x * gridDim.y + blockIdx.y] = units;
   }
@@ -306,14 +382,15 @@ __device__ inline uint32_t place_block(const EncodeCall& call) {
 }
 
 // Grid (pages, heads).
-template <int kHeadDim, bool kLossless>
+template <int kHeadDim, Form kForm>
 __global__ void __launch_bounds__(kThreads) encode_kernel(EncodeCall call) {
   constexpr int kRows = BlockShape<kHeadDim>::kRows;
   __shared__ uint32_t row_halves[kRows];
   __shared__ uint32_t row_words[kWarps][kRowValues / 2];
   const int lane = static_cast<int>(threadIdx.x) % 32;
   uint32_t* words = row_words[threadIdx.x / 32];
-  const uint32_t units = measure_block<kHeadDim, kLossless>(call, row_halves);
+  make_bases<kHeadDim, kForm>(call);
+  const uint32_t units = measure_block<kHeadDim, kForm>(call, row_halves);
   auto* out = reinterpret_cast<uint16_t*>(call.out + place_block(call) * kResidualUnit);
   for (int row = static_cast<int>(threadIdx.x) / 32; row < kRows; row += kWarps) {
     uint32_t begin = kRows;
@@ -327,9 +404,9 @@ __global__ void __launch_bounds__(kThreads) encode_kernel(EncodeCall call) {
     __syncwarp();
     uint32_t values[kLaneValues];
     LaneRow made;
-    const uint32_t base = make_row<kHeadDim, kLossless>(call, row, values, made);
+    const uint32_t base = make_row<kHeadDim, kForm>(call, row, values, made);
     if (halves > 0) {
-      put_row(made, values, kLossless, base, lane, words);
+      put_row(made, values, coded_alone<kHeadDim, kForm>(call, row), base, lane, words);
     }
     __syncwarp();
     for (uint32_t i = static_cast<uint32_t>(lane); i < halves; i += 32) {
@@ -347,19 +424,52 @@ __global__ void __launch_bounds__(kThreads) encode_kernel(EncodeCall call) {
   }
 }
 
-template <int kHeadDim, bool kLossless>
+// run(a value whose type tells the form)
+template <Form kForm>
+struct FixedForm {
+  static constexpr Form kValue = kForm;
+};
+template <typename Run>
+void for_form(Form form, const Run& run) {
+  switch (form) {
+    case Form::lossless:
+      return run(FixedForm<Form::lossless>());
+    case Form::resident:
+      return run(FixedForm<Form::resident>());
+    case Form::rotated:
+      return run(FixedForm<Form::rotated>());
+  }
+}
+
+template <typename Kernel>
+void allow_shared(Kernel* kernel, size_t bytes, const char* what) {
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)), what);
+}
+
+template <int kHeadDim, Form kForm>
+void launch_encode(const EncodeCall& call, const dim3& grid, cudaStream_t stream) {
+  constexpr size_t kBytes = kForm == Form::rotated ? 2 * sizeof(RotatedPart<kHeadDim>) : 0;
+  static const bool allowed = [] {
+    allow_shared(measure_kernel<kHeadDim, kForm>, kBytes, "encode");
+    allow_shared(encode_kernel<kHeadDim, kForm>, kBytes, "encode");
+    return true;
+  }();
+  (void)allowed;
+  measure_kernel<kHeadDim, kForm><<<grid, kThreads, kBytes, stream>>>(call);
+  encode_kernel<kHeadDim, kForm><<<grid, kThreads, kBytes, stream>>>(call);
+}
+
+template <int kHeadDim, Form kForm>
 void launch_decode(const DecodeArgs& args, cudaStream_t stream) {
   using Memory = DecodeMemory<kHeadDim>;
   static const bool allowed = [] {
-    check_cuda(cudaFuncSetAttribute(decode_kernel<kHeadDim, kLossless>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(Memory::kMostBytes)),
-               "decode");
+    allow_shared(decode_kernel<kHeadDim, kForm>, Memory::most_bytes(kForm), "decode");
     return true;
   }();
   (void)allowed;
   const dim3 grid(static_cast<unsigned>(args.count), static_cast<unsigned>(args.shape.kv_heads));
-  const size_t bytes = Memory::bytes(kLossless, args.resident.format);
-  decode_kernel<kHeadDim, kLossless><<<grid, kThreads, bytes, stream>>>(args);
+  const size_t bytes = Memory::bytes(kForm, args.resident.format);
+  decode_kernel<kHeadDim, kForm><<<grid, kThreads, bytes, stream>>>(args);
 }
 
 }  // namespace
@@ -375,14 +485,8 @@ void encode(const EncodeArgs& args, cudaStream_t stream) {
   }
   const dim3 grid(static_cast<unsigned>(args.pages.size()), static_cast<unsigned>(args.shape.kv_heads));
   for_head_dim(args.shape.head_dim, [&](auto dim) {
-    constexpr int kHeadDim = decltype(dim)::kValue;
-    if (args.code == ResidualCode::lossless) {
-      measure_kernel<kHeadDim, true><<<grid, kThreads, 0, stream>>>(call);
-      encode_kernel<kHeadDim, true><<<grid, kThreads, 0, stream>>>(call);
-    } else {
-      measure_kernel<kHeadDim, false><<<grid, kThreads, 0, stream>>>(call);
-      encode_kernel<kHeadDim, false><<<grid, kThreads, 0, stream>>>(call);
-    }
+    for_form(form_of(args.code, args.resident.format),
+             [&](auto form) { launch_encode<decltype(dim)::kValue, decltype(form)::kValue>(call, grid, stream); });
   });
   check_cuda(cudaGetLastError(), "encode");
 }
@@ -392,12 +496,8 @@ void decode(const DecodeArgs& args, cudaStream_t stream) {
     return;
   }
   for_head_dim(args.shape.head_dim, [&](auto dim) {
-    constexpr int kHeadDim = decltype(dim)::kValue;
-    if (args.code == ResidualCode::lossless) {
-      launch_decode<kHeadDim, true>(args, stream);
-    } else {
-      launch_decode<kHeadDim, false>(args, stream);
-    }
+    for_form(form_of(args.code, args.resident.format),
+             [&](auto form) { launch_decode<decltype(dim)::kValue, decltype(form)::kValue>(args, stream); });
   });
   check_cuda(cudaGetLastError(), "decode");
 }

@@ -11,7 +11,8 @@ namespace vericache::cuda {
 // One step of a sum over pairs of lanes: the lower lane gets the sum, the upper one the difference.
 __device__ inline float mix_lanes(float x, int reach, unsigned lanes) {
   const float other = __shfl_xor_sync(lanes, x, reach);
-  return (static_cast<int>(threadIdx.x) & reach) == 0 ? x + other : other - x;
+  // The product is exact: one instruction for the sum and the difference.
+  return fmaf((static_cast<int>(threadIdx.x) & reach) == 0 ? 1.0f : -1.0f, x, other);
 }
 
 // x[j] is the dim 32 j + lane of one token.
@@ -67,17 +68,13 @@ __device__ void rotate_page(uint16_t* keys, uint16_t* values) {
   }
 }
 
-// Queries as a warp of draft attention holds them: q[i] of lane 4 g + c are pairs of the dims 32 i + 8c .. + 7.
+// Eight vectors, as a warp holds queries and rows of keys: x[i] of lane 4 g + c are the dims 32 i + 8c .. + 7 of vector
+// g.
 template <int kHeadDim>
-__device__ void rotate_queries(uint32_t (&q)[kHeadDim / 32][4]) {
+__device__ void rotate_eight(float (&x)[kHeadDim / 32][8]) {
   constexpr int kBlock = rotation_block(kHeadDim);
-  float x[kHeadDim / 32][8];
 #pragma unroll
   for (int group = 0; group < kHeadDim / 32; ++group) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      x[group][i] = i % 2 == 0 ? first_of_pair(q[group][i / 2]) : second_of_pair(q[group][i / 2]);
-    }
 #pragma unroll
     for (int reach = 1; reach < 8; reach *= 2) {
 #pragma unroll
@@ -114,9 +111,29 @@ __device__ void rotate_queries(uint32_t (&q)[kHeadDim / 32][4]) {
 #pragma unroll
   for (int group = 0; group < kHeadDim / 32; ++group) {
 #pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      x[group][i] *= rotation_scale(kBlock);
+    }
+  }
+}
+
+// Queries as a warp of draft attention holds them: q[i] are pairs of those dims.
+template <int kHeadDim>
+__device__ void rotate_queries(uint32_t (&q)[kHeadDim / 32][4]) {
+  float x[kHeadDim / 32][8];
+#pragma unroll
+  for (int group = 0; group < kHeadDim / 32; ++group) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      x[group][i] = i % 2 == 0 ? first_of_pair(q[group][i / 2]) : second_of_pair(q[group][i / 2]);
+    }
+  }
+  rotate_eight<kHeadDim>(x);
+#pragma unroll
+  for (int group = 0; group < kHeadDim / 32; ++group) {
+#pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float scale = rotation_scale(kBlock);
-      q[group][i] = pack_pair(x[group][2 * i] * scale, x[group][2 * i + 1] * scale);
+      q[group][i] = pack_pair(x[group][2 * i], x[group][2 * i + 1]);
     }
   }
 }

@@ -7,16 +7,16 @@
 #include "backend/cuda/chunk_layout.h"
 #include "backend/residual_pages.h"
 #include "backend/residual_rows.h"
+#include "backend/rotated_residual.h"
 
 namespace vericache::test {
 namespace {
 
-// Value i of a part, in the GPU's order: layout.h turned round.
-ResidualField field_of(const std::byte* head_page, const KvFormat& format, int head_dim, bool keys, int i) {
+// A code of a head page in the GPU's order.
+RotatedBase::Code code_of(const std::byte* head_page, const KvFormat& format, int head_dim, bool keys, int token,
+                          int dim) {
   const KvPart own = keys ? format.key() : format.value();
   const std::byte* part = head_page + (keys ? 0 : cuda::bytes_of(cuda::key_pieces(format.key(), head_dim)));
-  const int token = keys ? i / 32 % kPageTokens : i / (32 * head_dim) * 32 + i % 32;
-  const int dim = keys ? i / (32 * kPageTokens) * 32 + i % 32 : i / 32 % head_dim;
   uint32_t codes[8];
   if (keys) {
     cuda::key_codes(part, own, head_dim, token, dim / 8 * 8, codes);
@@ -32,8 +32,44 @@ ResidualField field_of(const std::byte* head_page, const KvFormat& format, int h
     const cuda::AffineBits affine = cuda::affine_of(part, keys ? dim : token, keys ? head_dim : kPageTokens);
     group = {affine.scale, affine.minimum};
   }
-  return residual_field(own, codes[keys ? dim % 8 : token % 8], group);
+  return {codes[keys ? dim % 8 : token % 8], group};
 }
+
+// The fields of a page whose packed head pages lie one after the other.
+class Fields {
+ public:
+  Fields(const std::byte* packed, const KvShape& shape, const KvFormat& format)
+      : packed_(packed), shape_(shape), format_(format) {
+    for (int head = 0; format.rotated && head < shape.kv_heads; ++head) {
+      for (const bool keys : {true, false}) {
+        const bool exact = (keys ? format.key() : format.value()).exact();
+        bases_.emplace_back(shape, keys, [&](int token, int dim) {
+          return exact ? RotatedBase::Code{} : code_of(head_page(head), format, shape.head_dim, keys, token, dim);
+        });
+      }
+    }
+  }
+  // layout.h turned round.
+  ResidualField operator()(int head, bool keys, int i) const {
+    const int head_dim = shape_.head_dim;
+    const int token = keys ? i / 32 % kPageTokens : i / (32 * head_dim) * 32 + i % 32;
+    const int dim = keys ? i / (32 * kPageTokens) * 32 + i % 32 : i / 32 % head_dim;
+    if (format_.rotated) {
+      return bases_[static_cast<size_t>(2 * head + (keys ? 0 : 1))].field(token, dim);
+    }
+    const auto [code, group] = code_of(head_page(head), format_, head_dim, keys, token, dim);
+    return residual_field(keys ? format_.key() : format_.value(), code, group);
+  }
+
+ private:
+  const std::byte* head_page(int head) const {
+    return packed_ + static_cast<size_t>(head) * head_page_bytes(format_, shape_);
+  }
+  const std::byte* packed_;
+  KvShape shape_;
+  KvFormat format_;
+  std::vector<RotatedBase> bases_;  // (heads, K and V)
+};
 
 // The first row of the first page that differs, with its ends and its first halves.
 std::string first_strange(const KvShape& shape, const std::vector<std::byte>& coded,
@@ -69,8 +105,9 @@ TEST(ResidualsOnGpu, AreThoseOfThePlainCoder) {
     const KvShape shape{.layers = 1, .kv_heads = head_dim == 32 ? 5 : 2, .head_dim = head_dim};
     for (const KvFormat& format :
          {format_of(2, 2), format_of(4, 4), format_of(8, 8), format_of(16, 4), format_of(8, 16), format_of(3, 6),
-          KvFormat{8, 8, KvCode::plane}, KvFormat{6, 9, KvCode::plane}, KvFormat{7, 16, KvCode::plane},
-          KvFormat{8, 8, KvCode::fp8}, KvFormat{8, 8, KvCode::int8}}) {
+          rotated_of(2, 2), rotated_of(3, 3), rotated_of(4, 4), rotated_of(6, 6), rotated_of(8, 8), rotated_of(3, 8),
+          rotated_of(16, 2), rotated_of(4, 16), KvFormat{8, 8, KvCode::plane}, KvFormat{6, 9, KvCode::plane},
+          KvFormat{7, 16, KvCode::plane}, KvFormat{8, 8, KvCode::fp8}, KvFormat{8, 8, KvCode::int8}}) {
       ResidualPages pages(shape, format, 3);
       for (const Filling filling : {Filling::normal, Filling::keyed, Filling::sparse, Filling::specials}) {
         pages.fill(filling, random);
@@ -81,24 +118,22 @@ TEST(ResidualsOnGpu, AreThoseOfThePlainCoder) {
           std::vector<std::byte> expected;
           for (int page = 0; page < 3; ++page) {
             std::vector<std::byte> out(residual_bound(shape));
-            const auto head_page = [&](int head) {
-              return packed.data() + static_cast<size_t>(page * shape.kv_heads + head) * head_page_bytes(format, shape);
-            };
-            const uint32_t units = encode_page(
-                shape, code, format,
-                reinterpret_cast<const std::byte*>(pages.values().data()) +
-                    static_cast<size_t>(page) * page_bytes(shape),
-                [&](int head, bool keys, int i) { return field_of(head_page(head), format, head_dim, keys, i); },
-                out.data());
+            const Fields fields(
+                packed.data() + static_cast<size_t>(page * shape.kv_heads) * head_page_bytes(format, shape), shape,
+                format);
+            const uint32_t units = encode_page(shape, code, format,
+                                               reinterpret_cast<const std::byte*>(pages.values().data()) +
+                                                   static_cast<size_t>(page) * page_bytes(shape),
+                                               fields, out.data());
             expected.insert(expected.end(), out.begin(), out.begin() + static_cast<ptrdiff_t>(units * kResidualUnit));
             EXPECT_EQ(pages.ends()[page] * kResidualUnit, expected.size());
           }
           const auto differs = std::mismatch(coded.begin(), coded.end(), expected.begin(), expected.end());
           ASSERT_EQ(differs.first, coded.end())
-              << head_dim << " dims, bits " << format.key_bits << ", " << format.value_bits << ", format "
-              << static_cast<int>(format.code) << ", code " << static_cast<int>(code) << ", filling "
-              << static_cast<int>(filling) << ", byte " << differs.first - coded.begin() << " of " << coded.size()
-              << first_strange(shape, coded, expected);
+              << head_dim << " dims, bits " << format.key_bits << ", " << format.value_bits
+              << (format.rotated ? ", rotated" : "") << ", format " << static_cast<int>(format.code) << ", code "
+              << static_cast<int>(code) << ", filling " << static_cast<int>(filling) << ", byte "
+              << differs.first - coded.begin() << " of " << coded.size() << first_strange(shape, coded, expected);
           ASSERT_EQ(pages.decode(code, coded), pages.values());
         }
       }
