@@ -1,6 +1,6 @@
 // Draft attention over resident KV of 32k tokens in every width, 8B shape: time and bytes of resident KV per second,
-// random data in scattered pages, several layers in turn so that no cache holds them. Then the ops that make resident
-// KV.
+// random data in scattered pages, several layers in turn so that no cache holds them; then of pages that it chooses, of
+// which the bounds of all and the chosen ones are read. Then the ops that make resident KV.
 #include <algorithm>
 #include <cstdio>
 #include <functional>
@@ -57,14 +57,16 @@ struct PartBytes {
 };
 
 // Pages of random codes; scales about 1 / 8, minima about 1, bases 126 and 127.
-__global__ void fill_kernel(uint32_t* words, size_t count, PartBytes keys, PartBytes values) {
+__global__ void fill_kernel(uint32_t* words, size_t count, PartBytes keys, PartBytes values, int bounds) {
   for (size_t i = blockIdx.x * size_t{blockDim.x} + threadIdx.x; i < count; i += size_t{gridDim.x} * blockDim.x) {
-    const int in_page = static_cast<int>(i * 4 % static_cast<size_t>(keys.all + values.all));
+    const int in_page = static_cast<int>(i * 4 % static_cast<size_t>(keys.all + values.all + bounds));
     const bool of_keys = in_page < keys.all;
     const PartBytes& part = of_keys ? keys : values;
     const int at = of_keys ? in_page : in_page - keys.all;
     const auto seed = static_cast<uint32_t>(i);
-    if (at >= part.groups && part.groups > 0) {
+    if (in_page >= keys.all + values.all) {
+      words[i] = random_pair(seed, 0x3f80u, false);
+    } else if (at >= part.groups && part.groups > 0) {
       words[i] = mixed(seed);
     } else if (part.part.code == KvCode::plane || part.part.code == KvCode::fp8) {
       words[i] = part.groups == 0 ? random_pair(seed, 0x3f80u, false) : 0x7e7e7e7eu | (mixed(seed) & 0x01010101u);
@@ -87,7 +89,8 @@ struct Store {
       : page_bytes(head_page_bytes(format, kShape)), memory(pages * page_bytes), table(pages) {
     fill_kernel<<<1024, 256>>>(reinterpret_cast<uint32_t*>(memory.data()), pages * page_bytes / 4,
                                part_bytes(key_pieces(format.key(), kShape.head_dim), format.key()),
-                               part_bytes(value_pieces(format.value(), kShape.head_dim), format.value()));
+                               part_bytes(value_pieces(format.value(), kShape.head_dim), format.value()),
+                               static_cast<int>(head_page_bytes(format, kShape) - key_bounds_offset(format, kShape)));
     check_cuda(cudaGetLastError(), "fill");
     std::vector<std::byte*> places(pages);
     for (size_t i = 0; i < pages; ++i) {
@@ -168,13 +171,21 @@ void bench_attention(const KvFormat& format, int batch) {
   AttentionArgs args{.shape = kShape, .heads = kHeads, .scale = 0.0883883f};
   args.q = reinterpret_cast<const bf16*>(q.memory.data());
   args.out = out.data();
+  const int read_pages = format.choice.bounded ? format.choice.pages_of(kPages) : kPages;
   const double us = median_us(std::max(layers, 32), [&](int i) {
     args.layer = i % layers;
-    draft_attention(args, format, pass, kPages * kPageTokens + kTailTokens, reinterpret_cast<float*>(scratch.data()),
-                    nullptr);
+    draft_attention(args, format, pass, kPages * kPageTokens + kTailTokens, read_pages * kPageTokens + kTailTokens,
+                    reinterpret_cast<float*>(scratch.data()), nullptr);
   });
-  std::printf("%-14s %2d bits K, %2d bits V, batch %2d: %8.1f us  %7.0f GB/s\n", name_of(format), format.key_bits,
-              format.value_bits, batch, us, static_cast<double>(layer_bytes) / us * 1e-3);
+  const size_t bounds = format.choice.bounded ? kPages * key_bounds_bytes(kShape) : 0;
+  const size_t read_bytes = head_pages * (bounds + static_cast<size_t>(read_pages) * key_bounds_offset(format, kShape));
+  std::printf("%-14s %2d bits K, %2d bits V, batch %2d: %8.1f us  %7.0f GB/s", name_of(format), format.key_bits,
+              format.value_bits, batch, us, static_cast<double>(read_bytes) / us * 1e-3);
+  if (format.choice.bounded) {
+    std::printf("  quest, budget %g: %.1f of %.1f MB read", format.choice.budget, static_cast<double>(read_bytes) / 1e6,
+                static_cast<double>(layer_bytes) / 1e6);
+  }
+  std::printf("\n");
 }
 
 void bench_ops() {
@@ -248,6 +259,12 @@ void bench_all() {
         KvFormat{6, 6}, KvFormat{8, 8, KvCode::plane}, KvFormat{6, 6, KvCode::plane}, KvFormat{7, 7, KvCode::plane},
         KvFormat{9, 9, KvCode::plane}, KvFormat{8, 8, KvCode::fp8}, KvFormat{8, 8, KvCode::int8},
         KvFormat{4, 4, KvCode::affine, true}}) {
+    for (const int batch : {1, 4, 16}) {
+      bench_attention(format, batch);
+    }
+  }
+  for (KvFormat format : {KvFormat{16, 16}, KvFormat{4, 4}}) {
+    format.choice = {.bounded = true, .budget = 0.1};
     for (const int batch : {1, 4, 16}) {
       bench_attention(format, batch);
     }

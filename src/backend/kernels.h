@@ -66,7 +66,7 @@ struct PassRows {
   const void* buffers = nullptr;  // names the activations that it works in; what is replayed works in the same
   int rows = 0;
   int layers = 0;
-  bool draft = false;                         // a draft step: any fast kernel will do, and resident KV may be packed
+  bool draft = false;  // a draft step: any fast kernel will do, and resident KV may be packed, or read in part
   std::span<const SequenceRows> sequences{};  // (layers, sequences): geometry and tokens the same in every layer
   std::span<const LogitRow> logit_rows{};
   std::span<const SequenceRows> layer(int index) const {
@@ -320,7 +320,7 @@ class Kernels : public Lane {
   virtual void quantize(const QuantizeArgs& args) = 0;
   virtual void gather(const GatherArgs& args) = 0;
   // One bf16 head page of full KV. tokens < 64: the rest of the page counts as absent (its codes are zero). A page of
-  // 16 bits is copied.
+  // 16 bits is copied. Where the format chooses pages, bounds follow.
   virtual void quantize_head_page(const std::byte* source, int tokens, const KvShape& shape, const KvFormat& format,
                                   std::byte* out) = 0;
   virtual void dequantize_head_page(const std::byte* source, const KvShape& shape, const KvFormat& format,

@@ -2,6 +2,7 @@
 // Plain data; any thread may read it.
 #pragma once
 
+#include <compare>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -42,16 +43,39 @@ struct KvPart {
   VERICACHE_BOTH constexpr bool by_token() const { return code != KvCode::affine; }
 };
 
+// Which pages of past a draft step reads: per sequence and KV head those whose keys may give the largest scores (Quest,
+// Tang et al. 2024, sections 3.2 and 3.3): of each query head the most that a key within the page's bounds can score,
+// summed over the heads of the group. Ties fall to the later page. Full passes read every page.
+struct PageChoice {
+  bool bounded = false;  // a choice is made; head pages end with the bounds of their keys
+  double budget = 1;     // a share of the head's pages (up to 1) or tokens (above 1), a page at least
+  int dense_layers = 0;  // the first layers of the model, which read every page
+
+  VERICACHE_BOTH constexpr bool in_layer(int layer) const { return bounded && layer >= dense_layers; }
+  // How many of `held` pages are read.
+  VERICACHE_BOTH constexpr int pages_of(int held) const {
+    const double wanted = budget <= 1 ? budget * held : budget / kPageTokens;
+    if (wanted >= held) {
+      return held;
+    }
+    const int whole = static_cast<int>(wanted);
+    return whole < 1 || whole < wanted ? whole + 1 : whole;
+  }
+  auto operator<=>(const PageChoice&) const = default;
+};
+
 // How the keys and values of a head page are stored.
 struct KvFormat {
   int key_bits = 16;
   int value_bits = 16;
   KvCode code = KvCode::affine;
   bool rotated = false;  // K and V stand for head vectors that were rotated (rotation.h)
+  PageChoice choice{};
   VERICACHE_BOTH constexpr KvPart key() const { return KvPart(key_bits, code); }
   VERICACHE_BOTH constexpr KvPart value() const { return KvPart(value_bits, code); }
+  // Whether a page begins with its keys and values as computed; bounds may follow.
   bool exact() const { return key_bits == 16 && value_bits == 16; }
-  friend bool operator==(const KvFormat&, const KvFormat&) = default;
+  auto operator<=>(const KvFormat&) const = default;
 };
 
 // A head page holds 64 tokens of one layer and one KV head: first K, then V. Its sizes are the same on every backend;
@@ -90,8 +114,28 @@ VERICACHE_BOTH constexpr size_t key_page_bytes(const KvPart& part, const KvShape
 VERICACHE_BOTH constexpr size_t value_page_bytes(const KvPart& part, const KvShape& shape) {
   return part_bytes(part, shape.head_dim, kPageTokens);
 }
-inline size_t head_page_bytes(const KvFormat& format, const KvShape& shape) {
+// Behind K and V, where the format chooses pages: of each run of kBoundTokens keys as they are in the full KV per
+// channel the smallest and then per channel the largest, (kBoundRuns, 2, key_dim) bf16. A run that holds no token has
+// the bounds of the run before it. Shorter runs bound closer, and are more to read beside the pages that are chosen.
+inline constexpr int kBoundTokens = 32;
+inline constexpr int kBoundRuns = kPageTokens / kBoundTokens;
+VERICACHE_BOTH constexpr size_t key_bounds_bytes(const KvShape& shape) {
+  return sizeof(bf16) * 2 * kBoundRuns * static_cast<size_t>(shape.key_dim());
+}
+inline size_t key_bounds_offset(const KvFormat& format, const KvShape& shape) {
   return key_page_bytes(format.key(), shape) + value_page_bytes(format.value(), shape);
+}
+inline size_t head_page_bytes(const KvFormat& format, const KvShape& shape) {
+  return key_bounds_offset(format, shape) + (format.choice.bounded ? key_bounds_bytes(shape) : 0);
+}
+// The order in which keys are compared for their bounds: that of their bits as signed magnitudes, so that zeros and
+// NaN too have one place everywhere. Turns a bf16 into a 16-bit integer that rises with it, and back.
+VERICACHE_BOTH constexpr int16_t rising_bits(uint16_t bits) {
+  return static_cast<int16_t>(bits ^ ((bits >> 15) != 0 ? 0x7fffu : 0u));
+}
+VERICACHE_BOTH constexpr uint16_t bits_of_rising(int16_t rising) {
+  const auto bits = static_cast<uint16_t>(rising);
+  return static_cast<uint16_t>(bits ^ ((bits >> 15) != 0 ? 0x7fffu : 0u));
 }
 // A page: all KV heads of one layer, bf16, head pages one after the other. The unit of the full KV, the tail and the
 // wire.

@@ -14,6 +14,7 @@
 #include "compress/paged.h"
 #include "compress/per_layer.h"
 #include "compress/pyramidkv.h"
+#include "compress/quest.h"
 #include "compress/streaming_llm.h"
 #include "compress/tova.h"
 
@@ -26,8 +27,10 @@ constexpr std::string_view kHelp =
     "snapkv[:budget=0.2,window=32,kernel=7] | pyramidkv[:budget=0.2,window=8,kernel=7,beta=20] | "
     "h2o[:budget=0.2] | tova[:budget=0.2] | knorm[:budget=0.2] | keydiff[:budget=0.2] | "
     "expected[:budget=0.2,window=128,future=512,sinks=4] | "
-    "adakv[:alpha=0.2](METHOD), where METHOD scores tokens: all but streaming-llm of those with a budget; "
-    "those that drop tokens quantize what they keep with +kivi..., +quarot..., +plane..., +fp8 or +int8 appended; "
+    "quest[:budget=0.2,dense=2] | "
+    "adakv[:alpha=0.2](METHOD), where METHOD scores tokens: all but streaming-llm and quest of those with a budget; "
+    "those that drop tokens or, as quest does, read some of them quantize what they keep with +kivi..., +quarot..., "
+    "+plane..., +fp8 or +int8 appended; "
     ";layers=0-1:OTHER (or ;layers=3:OTHER) behind it all gives those layers another one; budget and window are a "
     "share "
     "of the context (up to 1) or tokens";
@@ -209,7 +212,7 @@ std::unique_ptr<Compressor> make_method(std::string_view text) {
     }
     kept = read_format(then);
     if (spec.name() == "none" || quantizes(spec.name())) {
-      spec.fail("'+' composes a method that drops tokens with one that quantizes");
+      spec.fail("'+' composes a method that drops tokens, or quest, with one that quantizes");
     }
   }
   if (wraps) {
@@ -227,6 +230,13 @@ std::unique_ptr<Compressor> make_method(std::string_view text) {
     const double window = spec.number("window", 1024, 0, 1 << 24);
     spec.finish();
     return std::make_unique<StreamingLlm>(sinks, window, kept);
+  }
+  if (spec.name() == "quest") {
+    QuestOptions options;
+    options.budget = spec.number("budget", options.budget, 0, 1 << 24);
+    options.dense_layers = spec.whole("dense", options.dense_layers, 0, 9999);
+    spec.finish();
+    return std::make_unique<Quest>(options, kept);
   }
   if (std::unique_ptr<ScoringCompressor> scorer = make_scorer(spec, kept)) {
     return scorer;

@@ -15,14 +15,14 @@
 
 namespace vericache {
 
-class PagedCompressor final : public Compressor {
+class PagedCompressor : public Compressor {
  public:
   explicit PagedCompressor(const KvFormat& format) : format_(format) {}
   std::string name() const override;
-  KvFormat format() const override { return format_; }
-  ResidualCode residual_code() const override { return format_.exact() ? ResidualCode::plain : ResidualCode::resident; }
+  KvFormat format() const final { return format_; }
+  ResidualCode residual_code() const final { return format_.exact() ? ResidualCode::plain : ResidualCode::resident; }
   bool compress(Kernels& kernels, const FullLayer& full, TokenRange fresh, const Attended& seen,
-                ResidentLayer& out) override;
+                ResidentLayer& out) final;
 
  private:
   KvFormat format_;

@@ -96,26 +96,29 @@ MemoryPlan plan_memory(const Transformer& model, const Compressor* compressor, c
   const size_t fixed = aligned(plan.activation_bytes) + aligned(plan.tail_bytes) + aligned(plan.scratch_bytes) +
                        sequences * (plan.query_window_bytes + plan.sequence_notes_bytes(shape) + plan.index_bytes);
 
+  const KvFormat format = compressor == nullptr ? KvFormat{} : compressor->format();
   // The full KV stays on the device when nothing is lost in the resident part and one sequence of it fits.
-  const bool full_mode = compressor == nullptr || (compressor->format().exact() && !compressor->chooses_anew());
-  const size_t full_sequence = static_cast<size_t>(max_pages) * page_set_bytes(shape);
+  const bool full_mode = format.exact() && (compressor == nullptr || !compressor->chooses_anew());
+  const size_t full_sequence =
+      static_cast<size_t>(max_pages * shape.layers * shape.kv_heads) * head_page_bytes(format, shape);
   plan.full_on_device = full_mode && fixed + full_sequence <= available;
   plan.streaming = full_mode && !plan.full_on_device;
   if (plan.streaming && o.horizon != 0) {
     throw Error(
-        "the full KV of {} tokens needs {:.1f} MB of device memory and {:.1f} MB are left: compressor 'none' cannot "
+        "the full KV of {} tokens needs {:.1f} MB of device memory and {:.1f} MB are left: compressor '{}' cannot "
         "draft there; "
         "choose another compressor, or --horizon 0 to stream the full KV",
-        plan.max_len, megabytes(fixed + full_sequence), megabytes(available));
+        plan.max_len, megabytes(fixed + full_sequence), megabytes(available),
+        compressor == nullptr ? "none" : compressor->name());
   }
 
   size_t head_page = 0;
   int sequence_pages = 0;
   if (plan.full_on_device) {
-    head_page = head_page_bytes(KvFormat{}, shape);
+    head_page = head_page_bytes(format, shape);
     sequence_pages = max_pages * shape.layers * shape.kv_heads;
   } else if (!plan.streaming) {
-    head_page = head_page_bytes(compressor->format(), shape);
+    head_page = head_page_bytes(format, shape);
     sequence_pages = resident_pages_for(*compressor, plan.max_len, shape);
   }
   const size_t sequence_bytes = static_cast<size_t>(sequence_pages) * head_page;

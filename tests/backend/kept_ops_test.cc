@@ -233,7 +233,8 @@ TEST_P(KeptOps, QuantizeWritesPagesOfViewsAsHeadPagesAlone) {
   Random random(43);
   for (int round = 0; round < 12; ++round) {
     const KvShape shape{1, random.between(1, 3), 16 * random.between(1, 6)};
-    const KvFormat format = round % 4 == 0 ? KvFormat{} : random_format(random);
+    KvFormat format = round % 4 == 0 ? KvFormat{} : random_format(random);
+    format.choice.bounded = round % 3 == 0;
     const auto k = kernels(shape);
     const int pages = random.between(1, 9);
     const Full full(shape, pages, random.below(pages + 1), random);
@@ -259,7 +260,8 @@ TEST_P(KeptOps, GatherStoresTheChosenTokensAndZeroesTheRest) {
   Random random(44);
   for (int round = 0; round < 20; ++round) {
     const KvShape shape{1, random.between(1, 3), 16 * random.between(1, 6)};
-    const KvFormat format = round % 2 == 0 ? KvFormat{} : random_format(random);
+    KvFormat format = round % 2 == 0 ? KvFormat{} : random_format(random);
+    format.choice.bounded = round % 5 < 2;
     const auto k = kernels(shape);
     const int pages = random.between(1, 9);
     const Full full(shape, pages, random.below(pages + 1), random);

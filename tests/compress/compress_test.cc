@@ -162,6 +162,38 @@ TEST(PagedCompressor, PagesOfEveryFormatAreAsLargeAsTheirBits) {
   }
 }
 
+// Quest stores as the format beneath it, with bounds behind every head page.
+TEST(PagedCompressor, QuestKeepsEveryPageWithItsBounds) {
+  RandomLayer full(kShape, kHeads, 15);
+  for (const auto& [spec, beneath] : {std::pair{"quest:budget=0.1", "none"},
+                                      {"quest:budget=512,dense=0+kivi:bits=4", "kivi:bits=4"},
+                                      {"quest+quarot:bits=3", "quarot:bits=3"}}) {
+    const auto quest = make_compressor(spec);
+    const auto plain = make_compressor(beneath);
+    EXPECT_EQ(quest->residual_code(), plain->residual_code());
+    EXPECT_EQ(quest->wire_bytes(640, kShape), plain->wire_bytes(640, kShape));
+    EXPECT_EQ(quest->resident_bytes(640, kShape),
+              plain->resident_bytes(640, kShape) +
+                  static_cast<size_t>(10 * kShape.layers * kShape.kv_heads) * key_bounds_bytes(kShape));
+    Resident resident(quest->format());
+    Resident expected(plain->format());
+    ASSERT_TRUE(quest->compress(full.kernels(), full.layer(0), {0, 192}, {}, resident.layer));
+    ASSERT_TRUE(quest->compress(full.kernels(), full.layer(128), {192, 320}, {}, resident.layer));
+    ASSERT_TRUE(plain->compress(full.kernels(), full.layer(0), {0, 320}, {}, expected.layer));
+    const size_t bytes = head_page_bytes(plain->format(), kShape);
+    for (int head = 0; head < kShape.kv_heads; ++head) {
+      for (int page = 0; page < 5; ++page) {
+        const std::byte* stored = resident.layer.head_page(head, page);
+        ASSERT_EQ(std::memcmp(stored, expected.layer.head_page(head, page), bytes), 0) << spec;
+        std::vector<std::byte> whole(head_page_bytes(quest->format(), kShape));
+        full.kernels().quantize_head_page(full.head_page(head, page), kPageTokens, kShape, quest->format(),
+                                          whole.data());
+        ASSERT_EQ(std::memcmp(stored, whole.data(), whole.size()), 0) << spec;
+      }
+    }
+  }
+}
+
 // Scores that a test gives.
 class GivenScores final : public ScoringCompressor {
  public:
@@ -385,7 +417,7 @@ TEST(Compressor, ResidentBytesBoundWhatIsTaken) {
         "streaming-llm:sinks=3,window=70+kivi:bits=8", "snapkv:budget=0.3", "snapkv:budget=130,window=8+kivi:k=16,v=2",
         "pyramidkv:budget=0.4", "h2o:budget=0.2", "tova:budget=100", "knorm:budget=0.7", "keydiff:budget=0+kivi:bits=2",
         "expected:budget=0.3,window=8", "adakv:alpha=0.9(snapkv:budget=0.3)", "adakv(h2o:budget=90)+kivi:bits=4",
-        "none;layers=0:knorm:budget=0.5"}) {
+        "none;layers=0:knorm:budget=0.5", "quest:budget=0.1", "quest:budget=0.1+kivi:bits=4"}) {
     const auto compressor = full.compressor(spec);
     Notes notes = full.lend_notes(*compressor);
     Resident resident(compressor->format());
@@ -420,10 +452,10 @@ TEST(Compressor, ResidentBytesBoundWhatIsTaken) {
 // What admission and staging count on is what the coder makes of ordinary values, nearly.
 TEST(Compressor, WireBytesAreNearWhatTheWireCounts) {
   RandomLayer full(kShape, kHeads, 13);
-  for (const char* spec :
-       {"streaming-llm:window=0.3", "snapkv:budget=0.3+kivi:bits=4", "kivi:bits=4", "kivi:bits=8", "kivi:bits=2",
-        "kivi:k=8,v=2", "knorm:budget=0.3", "adakv:alpha=1(keydiff:budget=0.3)",
-        "kivi:bits=4;layers=0:snapkv+kivi:bits=4", "plane:bits=8", "int8", "fp8", "quarot:bits=4", "kivi:k=6,v=3"}) {
+  for (const char* spec : {"streaming-llm:window=0.3", "snapkv:budget=0.3+kivi:bits=4", "kivi:bits=4", "kivi:bits=8",
+                           "kivi:bits=2", "kivi:k=8,v=2", "knorm:budget=0.3", "adakv:alpha=1(keydiff:budget=0.3)",
+                           "kivi:bits=4;layers=0:snapkv+kivi:bits=4", "plane:bits=8", "int8", "fp8", "quarot:bits=4",
+                           "kivi:k=6,v=3", "quest:budget=0.1+kivi:bits=4"}) {
     const auto compressor = full.compressor(spec);
     const int tokens = 640;
     const int pages = tokens / kPageTokens;

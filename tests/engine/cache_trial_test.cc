@@ -119,7 +119,9 @@ TEST(CacheTrial, DraftsAreThoseOfAnEngine) {
                                           "expected:budget=0.3",
                                           "knorm:budget=0.5",
                                           "keydiff:budget=0.5",
-                                          "snapkv;layers=0-1:none"};
+                                          "snapkv;layers=0-1:none",
+                                          "quest:budget=0.2",
+                                          "quest:budget=0.3,dense=0+kivi:bits=2"};
   int refused = 0;
   for (const uint64_t seed : {20u, 21u, 22u}) {
     const std::vector<TokenId> prompt = document(11, seed);

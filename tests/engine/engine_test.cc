@@ -117,7 +117,9 @@ TEST(Engine, EveryCompressorHorizonAndTemperatureGivesTheFullAnswer) {
                                  "streaming-llm:window=0.2",
                                  "snapkv:budget=0.3",
                                  "snapkv:budget=0.3+kivi:bits=4",
-                                 "streaming-llm:window=100+kivi:bits=8"};
+                                 "streaming-llm:window=100+kivi:bits=8",
+                                 "quest:budget=0.2",
+                                 "quest:budget=0.2+kivi:bits=4"};
     const char* const scorers[] = {"pyramidkv:budget=0.4",
                                    "h2o:budget=0.3",
                                    "tova:budget=0.3+kivi:bits=8",
@@ -171,13 +173,40 @@ TEST(Engine, LayersOfDifferentBudgetsTakeWhatTheyPromise) {
   EXPECT_LE(shared.stats.peak_resident_bytes, make_compressor("adakv(snapkv:budget=0.5)")->resident_bytes(740, shape));
 }
 
+// Pages with the bounds of their keys are the full KV too: it stays on the device, and passes read it there. A budget
+// that is everything drafts what the full cache does.
+TEST(Engine, ChosenPagesOfTheFullKvStayOnTheDevice) {
+  const KvShape shape = small_model().model->kv_shape();
+  EngineOptions options = full_mode();
+  options.horizon = 8;
+  const Outcome reference = run(nullptr, full_mode(), prompts(), 40, 0.0f);
+  for (const auto& [spec, everything] : {std::pair{"quest:budget=1,dense=0", true},
+                                         {"quest:budget=0.1,dense=99", true},
+                                         {"quest:budget=0.1,dense=0", false}}) {
+    const Outcome outcome = run(spec, options, prompts(), 40, 0.0f);
+    expect_identical(reference, outcome, spec);
+    EXPECT_TRUE(outcome.stats.full_on_device);
+    EXPECT_EQ(outcome.stats.wire_in_bytes, 0u);
+    if (everything) {
+      expect_drafts_stand(outcome.stats.speculation);
+    } else {
+      EXPECT_LT(outcome.stats.speculation.accepted, outcome.stats.speculation.drafted);
+    }
+  }
+  const auto quest = make_compressor("quest");
+  const Outcome alone = run("quest", options, {prompts()[0]}, 40, 0.0f);
+  EXPECT_EQ(alone.stats.peak_resident_bytes, quest->resident_bytes(704, shape));
+  EXPECT_GT(quest->resident_bytes(704, shape), make_compressor("none")->resident_bytes(704, shape));
+}
+
 // The other formats of resident KV, each at one horizon: what they have of their own lies below the engine.
 TEST(Engine, EveryFormatGivesTheFullAnswer) {
   const Outcome reference = run(nullptr, full_mode(), prompts(), 40, 0.6f);
   for (const char* compressor :
        {"kivi:bits=3", "kivi:bits=6", "kivi:k=3,v=8", "plane:bits=6", "plane:bits=7", "plane:bits=8", "plane:bits=9",
         "plane:k=16,v=6", "fp8", "int8", "quarot:bits=4", "quarot:bits=3", "snapkv:budget=0.3+plane",
-        "snapkv:budget=0.3+quarot:bits=3", "streaming-llm:window=100+int8"}) {
+        "snapkv:budget=0.3+quarot:bits=3", "streaming-llm:window=100+int8", "quest:budget=100,dense=1+quarot:bits=4",
+        "quest:budget=0,dense=0+plane:bits=8"}) {
     EngineOptions options = full_mode();
     options.horizon = 7;
     const Outcome compressed = run(compressor, options, prompts(), 40, 0.6f);
@@ -191,7 +220,8 @@ TEST(Engine, EncodedResidualsGiveTheFullAnswer) {
   const Outcome reference = run(nullptr, full_mode(), prompts(), 40, 0.7f);
   for (const char* compressor :
        {"kivi:bits=4", "kivi:k=8,v=3", "plane:bits=8", "fp8", "int8", "quarot:bits=4", "quarot:bits=3",
-        "snapkv+quarot:bits=3", "snapkv:budget=0.3", "snapkv:budget=0.3+plane:bits=6"}) {
+        "snapkv+quarot:bits=3", "snapkv:budget=0.3", "snapkv:budget=0.3+plane:bits=6", "quest:budget=0.3+kivi:bits=4",
+        "quest:budget=0.3+int8"}) {
     for (const WireForm form : {WireForm::plain, WireForm::coded}) {
       EngineOptions options = full_mode();
       options.horizon = 8;

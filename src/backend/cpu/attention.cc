@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 
+#include "backend/cpu/scores.h"
 #include "backend/rotation.h"
 #include "base/check.h"
 
@@ -51,13 +52,18 @@ void start_total(const SoftmaxRows& total, int rows) {
   std::fill_n(total.acc, at(rows, total.head_dim), 0.0f);
 }
 
+// Which page of the past page `page` of the walk is.
+int past_page(const AttentionBlock& block, int page) {
+  return block.chosen == nullptr ? page : block.chosen[page];
+}
+
 // Where page `page` of the walk lies; null behind the last.
 const std::byte* page_of(const AttentionBlock& block, int page) {
   const LayerKv& kv = block.sequence->kv;
   if (page >= block.pages) {
     return nullptr;
   }
-  return page < block.past_pages ? kv.past.head_page(block.head, page)
+  return page < block.past_pages ? kv.past.head_page(block.head, past_page(block, page))
                                  : kv.tail.head_page(block.head, page - block.past_pages);
 }
 
@@ -67,7 +73,8 @@ void count_visible(const AttentionBlock& block, int page, int group, std::vector
   const LayerKv& kv = block.sequence->kv;
   const int stacked = block.rows * group;
   if (page < block.past_pages) {
-    std::fill_n(visible.begin(), stacked, std::min(kPageTokens, tokens_of(kv.past, block.head) - page * kPageTokens));
+    const int held = tokens_of(kv.past, block.head) - past_page(block, page) * kPageTokens;
+    std::fill_n(visible.begin(), stacked, std::min(kPageTokens, held));
     return;
   }
   const int first = block.sequence->position + block.first - kv.tail_position - (page - block.past_pages) * kPageTokens;
@@ -96,6 +103,8 @@ Attention::Attention(const CpuOps& ops, ThreadPool& pool, const KernelLimits& li
     s.log_sum_exp2.resize(static_cast<size_t>(stacked_rows_));
     s.split.resize(state_floats(stacked_rows_, shape.head_dim));
     s.total.resize(state_floats(stacked_rows_, shape.head_dim));
+    s.bounds.resize(static_cast<size_t>(pages_of(limits.max_context_tokens)));
+    s.ranks.resize(s.bounds.size());
   }
   blocks_.reserve(at(limits.max_rows, shape.kv_heads));
   const int splits = limits.max_context_tokens / (kPageTokens * kSplitPages) + 2;
@@ -112,18 +121,66 @@ void Attention::list_sequence(const AttentionArgs& args, const SequenceRows& seq
   const int most = stacked_rows_ / group;
   const int offset = sequence.position - sequence.kv.tail_position;
   check(offset >= 0, "a sequence's rows stand in its tail");
+  const PageChoice& choice = sequence.kv.past.format.choice;
+  const bool chooses = args.pass->draft && choice.in_layer(args.layer);
+  check(!chooses || sequence.rows == 1, "pages are chosen for one row of a sequence");
   for (int first = 0; first < sequence.rows;) {
     const int tail_page = (offset + first) / kPageTokens;
     const int rows = std::min({most, sequence.rows - first, (tail_page + 1) * kPageTokens - (offset + first)});
     for (int head = 0; head < args.shape.kv_heads; ++head) {
       AttentionBlock block{.sequence = &sequence, .first = first, .rows = rows, .head = head};
       block.past_pages = pages_of(tokens_of(sequence.kv.past, head));
+      if (chooses) {
+        block.past_pages = choice.pages_of(block.past_pages);
+      }
       block.pages = block.past_pages + tail_page + 1;
       block.splits = (block.pages + kSplitPages - 1) / kSplitPages;
       blocks_.push_back(block);
     }
     first += rows;
   }
+}
+
+// Blocks that read fewer pages than there are find out which.
+void Attention::choose_pages(const AttentionArgs& args) {
+  const auto held = [](const AttentionBlock& block) {
+    return pages_of(tokens_of(block.sequence->kv.past, block.head));
+  };
+  size_t count = 0;
+  for (const AttentionBlock& block : blocks_) {
+    count += block.past_pages < held(block) ? static_cast<size_t>(block.past_pages) : 0;
+  }
+  if (count == 0) {
+    return;
+  }
+  chosen_.resize(std::max(chosen_.size(), count));
+  int* next = chosen_.data();
+  for (AttentionBlock& block : blocks_) {
+    if (block.past_pages < held(block)) {
+      block.chosen = next;
+      next += block.past_pages;
+    }
+  }
+  pool_.parallel_for(static_cast<int>(blocks_.size()), [&](int i) {
+    if (const AttentionBlock& block = blocks_[static_cast<size_t>(i)]; block.chosen != nullptr) {
+      choose_pages_of(args, block);
+    }
+  });
+}
+
+void Attention::choose_pages_of(const AttentionArgs& args, const AttentionBlock& block) {
+  const KvShape& shape = args.shape;
+  const KvView& past = block.sequence->kv.past;
+  const int group = args.heads / shape.kv_heads;
+  const bf16* q = args.q + at(block.sequence->first_row * args.heads + block.head * group, shape.key_dim());
+  const size_t offset = key_bounds_offset(past.format, shape);
+  const int held = pages_of(tokens_of(past, block.head));
+  Scratch& s = scratch();
+  for (int page = 0; page < held; ++page) {
+    const auto* bounds = reinterpret_cast<const bf16*>(past.head_page(block.head, page) + offset);
+    s.bounds[static_cast<size_t>(page)] = ops_.rows->bound_page(q, group, shape.key_dim(), bounds);
+  }
+  choose_best_of_row(s.bounds.data(), held, block.past_pages, s.ranks.data(), block.chosen);
 }
 
 bool Attention::place_partials(int group) {
@@ -147,6 +204,7 @@ void Attention::run(const AttentionArgs& args) {
   for (const SequenceRows& sequence : args.pass->layer(args.layer)) {
     list_sequence(args, sequence);
   }
+  choose_pages(args);
   const int count = static_cast<int>(blocks_.size());
   int pages = 0;
   for (const AttentionBlock& block : blocks_) {
@@ -187,13 +245,12 @@ void Attention::gather_q(const bf16* row, int head, int stacked_row, std::vector
               out.data() + at(stacked_row, shape.key_dim()));
 }
 
-const std::byte* Attention::bf16_page(const KvView& view, int head, int page, const KvShape& shape, bool needs_values) {
+const std::byte* Attention::bf16_page(const KvView& view, int head, int page, const std::byte* next,
+                                      const KvShape& shape, bool needs_values) {
   const std::byte* source = view.head_page(head, page);
   if (view.format.exact()) {
     return source;
   }
-  const bool last = (page + 1) * kPageTokens >= tokens_of(view, head);
-  const std::byte* next = last ? nullptr : view.head_page(head, page + 1);
   const size_t key_bytes = key_page_bytes(view.format.key(), shape);
   bf16* out = scratch().page.data();
   const size_t keys = at(kPageTokens, shape.key_dim());
@@ -210,7 +267,7 @@ const std::byte* Attention::bf16_page(const KvView& view, int head, int page, co
     std::memcpy(out + keys, values, at(kPageTokens, shape.head_dim) * sizeof(bf16));
   } else {
     ops_.quant.of(view.format.value())
-        .dequantize(values, value_layout(view.format, shape), out + keys, last ? nullptr : next + key_bytes);
+        .dequantize(values, value_layout(view.format, shape), out + keys, next == nullptr ? nullptr : next + key_bytes);
   }
   return reinterpret_cast<const std::byte*>(out);
 }
@@ -223,20 +280,21 @@ void Attention::run_page(const AttentionArgs& args, const AttentionBlock& block,
   const KvView& view = in_past ? block.sequence->kv.past : block.sequence->kv.tail;
   Scratch& s = scratch();
   count_visible(block, page, group, s.visible);
-  const auto* keys =
-      reinterpret_cast<const bf16*>(bf16_page(view, block.head, in_past ? page : page - block.past_pages, shape, true));
+  const std::byte* next = page_of(block, page + 1);
+  const int index = in_past ? past_page(block, page) : page - block.past_pages;
+  const auto* keys = reinterpret_cast<const bf16*>(
+      bf16_page(view, block.head, index, page + 1 < block.past_pages ? next : nullptr, shape, true));
   const bf16* values = keys + at(kPageTokens, shape.key_dim());
   const int key_pairs = shape.key_dim() / 2;
 
   // The next page comes from memory meanwhile: with few rows as the product goes, with many a part per chunk; a
   // quantized page has fetched the next already.
   const bf16* q = view.format.rotated ? s.rotated_q.data() : s.q.data();
-  const std::byte* next = page_of(block, page + 1);
   const KvFormat next_format = page + 1 < block.past_pages ? view.format : KvFormat{};
   const bool as_product_goes = stacked <= kChunkRows && view.format.exact() && next_format.exact() && next != nullptr;
   const auto* next_keys = as_product_goes ? reinterpret_cast<const bf16*>(next) : nullptr;
   const bf16* next_values = as_product_goes ? next_keys + at(kPageTokens, shape.key_dim()) : nullptr;
-  const size_t bytes_per_row = head_page_bytes(next_format, shape) / static_cast<size_t>(stacked);
+  const size_t bytes_per_row = key_bounds_offset(next_format, shape) / static_cast<size_t>(stacked);
 
   for (int first = 0; first < stacked; first += kChunkRows) {
     const int rows = std::min(kChunkRows, stacked - first);
@@ -386,7 +444,9 @@ void Attention::mass_page(const MassArgs& args, int head, int page, int first_ro
   const int past_pages = pages_of(tokens_of(kv.past, head));
   const bool in_past = page < past_pages;
   const int index = in_past ? page : page - past_pages;
-  const auto* keys = reinterpret_cast<const bf16*>(bf16_page(in_past ? kv.past : kv.tail, head, index, shape, false));
+  const bool followed = in_past && page + 1 < past_pages;
+  const auto* keys = reinterpret_cast<const bf16*>(bf16_page(
+      in_past ? kv.past : kv.tail, head, index, followed ? kv.past.head_page(head, page + 1) : nullptr, shape, false));
   const int held = std::min(kPageTokens, args.tokens - page * kPageTokens);
   // Slots of a full past are positions: a query before its end does not see behind itself.
   const bool causal = !in_past || tokens_of(kv.past, head) == kv.tail_position;

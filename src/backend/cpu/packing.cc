@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 
 #include "backend/rotation.h"
 #include "base/check.h"
@@ -37,6 +38,56 @@ void rotate_page(std::byte* page, const KvShape& shape) {
   for (int token = 0; token < kPageTokens; ++token) {
     rotate_at(keys, [&](int d) { return key_index(token, d, shape); });
     rotate_at(values, [&](int d) { return value_index(token, d); });
+  }
+}
+
+// Of a pair of channels over the keys [first, end) of a bf16 page: smallest and largest, each of both channels.
+struct PairBounds {
+  uint16_t low[2];
+  uint16_t high[2];
+};
+PairBounds bound_pair(const bf16* keys, const KvShape& shape, int pair, int first, int end) {
+  constexpr int kRow = 2 * kPanel;  // 16 tokens of the pair
+  int16_t low[kRow];
+  int16_t high[kRow];
+  std::fill_n(low, kRow, std::numeric_limits<int16_t>::max());
+  std::fill_n(high, kRow, std::numeric_limits<int16_t>::min());
+  for (int token = first; token < end; token += kPanel) {
+    const bf16* row = keys + key_index(token, 2 * pair, shape);
+    const int held = 2 * std::min(kPanel, end - token);
+    for (int i = 0; i < held; ++i) {
+      const int16_t rising = rising_bits(row[i].bits);
+      low[i] = std::min(low[i], rising);
+      high[i] = std::max(high[i], rising);
+    }
+  }
+  for (int i = 2; i < kRow; ++i) {
+    low[i % 2] = std::min(low[i % 2], low[i]);
+    high[i % 2] = std::max(high[i % 2], high[i]);
+  }
+  return {{bits_of_rising(low[0]), bits_of_rising(low[1])}, {bits_of_rising(high[0]), bits_of_rising(high[1])}};
+}
+
+// Of the first `tokens` keys of a bf16 page, as kv_view.h says; zeros if there are none.
+void write_key_bounds(const bf16* keys, int tokens, const KvShape& shape, std::byte* out) {
+  static_assert(kBoundTokens % kPanel == 0);
+  auto* bounds = reinterpret_cast<uint16_t*>(out);
+  const int dim = shape.key_dim();
+  if (tokens == 0) {
+    std::memset(out, 0, key_bounds_bytes(shape));
+    return;
+  }
+  for (int run = 0; run < kBoundRuns; ++run, bounds += 2 * dim) {
+    const int first = run * kBoundTokens;
+    if (first >= tokens) {
+      std::copy_n(bounds - 2 * dim, 2 * dim, bounds);
+      continue;
+    }
+    for (int pair = 0; pair < dim / 2; ++pair) {
+      const PairBounds of_pair = bound_pair(keys, shape, pair, first, std::min(tokens, first + kBoundTokens));
+      std::copy_n(of_pair.low, 2, bounds + 2 * pair);
+      std::copy_n(of_pair.high, 2, bounds + dim + 2 * pair);
+    }
   }
 }
 
@@ -91,12 +142,18 @@ void Packing::gather_page(const GatherArgs& args, int head, int page) {
   }
   if (!exact) {
     quantize_head_page(gathered, count, shape_, args.out.format, target);
+  } else if (args.out.format.choice.bounded) {
+    write_key_bounds(reinterpret_cast<const bf16*>(target), count, shape_,
+                     target + key_bounds_offset(args.out.format, shape_));
   }
 }
 
 void Packing::quantize_head_page(const std::byte* source, int tokens, const KvShape& shape, const KvFormat& format,
                                  std::byte* out) const {
   const FlushDenormals flush;
+  if (format.choice.bounded) {
+    write_key_bounds(reinterpret_cast<const bf16*>(source), tokens, shape, out + key_bounds_offset(format, shape));
+  }
   if (format.rotated) {
     const size_t bytes = head_page_bytes(KvFormat{}, shape);
     check(bytes <= page_stride_, "head pages are rotated for the shape that the backend was built for");

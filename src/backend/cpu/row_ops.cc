@@ -7,6 +7,7 @@
 #include <hwy/foreach_target.h>
 #include <hwy/highway.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -221,10 +222,40 @@ void mass_page(const float* scores, int rows, const int* visible, float scale2, 
   }
 }
 
+float bound_score(const bf16* q, int dim, const bf16* lows, const bf16* highs) {
+  const F32 d;
+  const U32 du;
+  const auto pairs = [&](const bf16* at) { return hn::LoadU(du, reinterpret_cast<const uint32_t*>(at)); };
+  const auto larger = [](Floats x, Floats low, Floats high) { return hn::Max(hn::Mul(x, low), hn::Mul(x, high)); };
+  Floats sums[2] = {hn::Zero(d), hn::Zero(d)};
+  for (int i = 0; i < dim; i += 2 * static_cast<int>(kLanes)) {
+    const Words x = pairs(q + i);
+    const Words low = pairs(lows + i);
+    const Words high = pairs(highs + i);
+    sums[0] = hn::Add(sums[0], larger(first_of_pair(x), first_of_pair(low), first_of_pair(high)));
+    sums[1] = hn::Add(sums[1], larger(second_of_pair(x), second_of_pair(low), second_of_pair(high)));
+  }
+  return hn::GetLane(hn::SumOfLanes(d, hn::Add(sums[0], sums[1])));
+}
+
+float bound_page(const bf16* q, int rows, int dim, const bf16* bounds) {
+  float sum = 0;
+  for (int r = 0; r < rows; ++r, q += dim) {
+    float most = -std::numeric_limits<float>::infinity();
+    for (int run = 0; run < kBoundRuns; ++run) {
+      const bf16* lows = bounds + static_cast<ptrdiff_t>(2 * run) * dim;
+      most = std::max(most, bound_score(q, dim, lows, lows + dim));
+    }
+    sum += most;
+  }
+  return sum;
+}
+
 }  // namespace
 
 const RowOps& row_table() {
-  static constexpr RowOps kOps{add, rms_norm, silu_mul, finish_head, softmax_page, fold_split, divide, mass_page};
+  static constexpr RowOps kOps{add,        rms_norm, silu_mul,  finish_head, softmax_page,
+                               fold_split, divide,   mass_page, bound_page};
   return kOps;
 }
 

@@ -63,6 +63,8 @@ uint64_t rank_of(float score, int token) {
   return static_cast<uint64_t>(rising) << 32 | static_cast<uint32_t>(token);
 }
 
+}  // namespace
+
 void choose_best_of_row(const float* scores, int n, int count, uint64_t* keys, int* chosen) {
   if (count <= 0) {
     return;
@@ -78,8 +80,6 @@ void choose_best_of_row(const float* scores, int n, int count, uint64_t* keys, i
     }
   }
 }
-
-}  // namespace
 
 Scores::Scores(ThreadPool& pool, int max_tokens, int kv_heads)
     : pool_(pool),

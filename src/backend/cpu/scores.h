@@ -10,6 +10,9 @@
 
 namespace vericache {
 
+// The `count` best of n scores, ascending by index, as BestArgs says. keys (n): scratch.
+void choose_best_of_row(const float* scores, int n, int count, uint64_t* keys, int* chosen);
+
 class Scores {
  public:
   Scores(ThreadPool& pool, int max_tokens, int kv_heads);

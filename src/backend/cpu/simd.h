@@ -60,6 +60,9 @@ struct RowOps {
   // mass[t] += 2^(scores[r][t] * scale2 - log_sum_exp2[r]) over the visible tokens of each row, rows in rising order.
   void (*mass_page)(const float* scores, int rows, const int* visible, float scale2, const float* log_sum_exp2,
                     float* mass);
+  // Of each of the queries (rows, dim) the most that q.k can be for any key within one of the bounds of a page
+  // (kv_view.h), summed over the queries. dim is a multiple of 32.
+  float (*bound_page)(const bf16* q, int rows, int dim, const bf16* bounds);
 };
 
 // One part (K or V) of a head page: `panels` panels of `pairs` rows of 16 lanes of two values. Layouts: kv_view.h.

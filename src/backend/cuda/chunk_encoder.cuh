@@ -203,7 +203,11 @@ __device__ void encode_page(SharedPage<kHeadDim>& page, int held, KvFormat forma
   Encoder<kHeadDim> encoder{page, held};
   std::byte* values = out + bytes_of(key_pieces(format.key(), kHeadDim));
   __syncthreads();
+  if (format.choice.bounded) {
+    encoder.bound_keys(values + bytes_of(value_pieces(format.value(), kHeadDim)));
+  }
   if (format.rotated) {
+    __syncthreads();  // bounds are those of the keys before
     rotate_page<kHeadDim>(reinterpret_cast<uint16_t*>(page.keys), reinterpret_cast<uint16_t*>(page.values));
     __syncthreads();
   }

@@ -280,11 +280,9 @@ void CudaKernels::replay(const PassRows& pass, const void* state, void (*body)(c
                        .logit_rows = staged.logit_count,
                        .layers = pass.layers,
                        .longest_tokens = stage.longest_tokens(),
+                       .read_tokens = stage.read_tokens(),
                        .buffers = pass.buffers,
-                       .key_bits = stage.format().key_bits,
-                       .value_bits = stage.format().value_bits,
-                       .code = stage.format().code,
-                       .rotated = stage.format().rotated},
+                       .format = stage.format()},
                       stream(), state, body);
 }
 
@@ -292,8 +290,8 @@ void CudaKernels::attention(const AttentionArgs& args) {
   const StagedPass& pass = staged(*args.pass);
   const PassStage& stage = passes_->stage;
   if (pass.draft) {
-    cuda::draft_attention(args, stage.format(), pass, stage.longest_tokens(), passes_->draft_scratch.as<float>(),
-                          stream());
+    cuda::draft_attention(args, stage.format(), pass, stage.longest_tokens(), stage.read_tokens(),
+                          passes_->draft_scratch.as<float>(), stream());
   } else {
     cuda::attention(args, pass, stage.plan(), stage.tiles(), stage.combine(), passes_->attention_scratch.as<float>(),
                     stream());

@@ -56,6 +56,11 @@ struct DraftArgs {
   Pieces keys{};  // of past
   Pieces values{};
   Cut cut{};
+  std::byte* const* chosen =
+      nullptr;  // (sequences, KV heads, chosen_stride): the pages of past that are read; null: all
+  const int* chosen_tokens = nullptr;  // (sequences, KV heads): that they hold
+  int chosen_stride = 0;
+  int kv_heads = 0;
   float* partials = nullptr;  // (sequences, heads, splits, head_dim)
   float2* tops = nullptr;     // (sequences, heads, splits): maximum of the scores in powers of two, sum of weights
   bf16* out = nullptr;
@@ -74,23 +79,38 @@ struct Run {
 __device__ inline int pages_of(int tokens) {
   return ceil_div(tokens, kPageTokens);
 }
-__device__ inline int past_tokens(const SequenceRows& sequence, int head) {
-  return sequence.kv.past.tokens == nullptr ? 0 : sequence.kv.past.tokens[head];
+// What is read of past.
+__device__ inline int past_tokens(const DraftArgs& args, int sequence, int head) {
+  if (args.chosen != nullptr) {
+    return args.chosen_tokens[sequence * args.kv_heads + head];
+  }
+  const KvView& past = args.sequences[sequence].kv.past;
+  return past.tokens == nullptr ? 0 : past.tokens[head];
+}
+__device__ inline std::byte* const* past_pages(const DraftArgs& args, int sequence, int head) {
+  if (args.chosen != nullptr) {
+    return args.chosen + static_cast<ptrdiff_t>(sequence * args.kv_heads + head) * args.chosen_stride;
+  }
+  const KvView& past = args.sequences[sequence].kv.past;
+  return past.head_pages + static_cast<ptrdiff_t>(head) * past.page_stride;
 }
 __device__ inline int tail_tokens(const SequenceRows& sequence) {
   return sequence.position + 1 - sequence.kv.tail_position;
 }
 
 // The splits of past come first, then those of the tail; a run behind them is empty.
-__device__ inline Run find_run(const SequenceRows& sequence, int head, int split, int split_pages) {
-  const int past = past_tokens(sequence, head);
+__device__ inline Run find_run(const DraftArgs& args, int index, int head, int split) {
+  const SequenceRows& sequence = args.sequences[index];
+  const int split_pages = args.cut.pages;
+  const int past = past_tokens(args, index, head);
   const int past_splits = ceil_div(pages_of(past), split_pages);
   const bool tail = split >= past_splits;
   const int tokens = tail ? tail_tokens(sequence) : past;
   const int first = (tail ? split - past_splits : split) * split_pages;
-  const KvView& view = tail ? sequence.kv.tail : sequence.kv.past;
-  return {view.head_pages + static_cast<ptrdiff_t>(head) * view.page_stride, first,
-          min(pages_of(tokens), first + split_pages), tokens, tail};
+  const KvView& tail_view = sequence.kv.tail;
+  return {tail ? tail_view.head_pages + static_cast<ptrdiff_t>(head) * tail_view.page_stride
+               : past_pages(args, index, head),
+          first, min(pages_of(tokens), first + split_pages), tokens, tail};
 }
 
 template <int kHeadDim, bool kChunked>
@@ -138,7 +158,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) draft_atte
   const int first_of_group = static_cast<int>(blockIdx.y) % args.head_tiles * kTileHeads;
   const int first_head = kv_head * args.group + first_of_group;
   const int heads = min(kTileHeads, args.group - first_of_group);
-  const Run run = find_run(sequence, kv_head, static_cast<int>(blockIdx.x), args.cut.pages);
+  const Run run = find_run(args, static_cast<int>(blockIdx.z), kv_head, static_cast<int>(blockIdx.x));
   if (run.first >= run.last) {
     return;
   }
@@ -197,7 +217,7 @@ __global__ void __launch_bounds__(kFoldThreads) fold_splits_kernel(DraftArgs arg
   const SequenceRows& sequence = args.sequences[blockIdx.y];
   const int head = static_cast<int>(blockIdx.x);
   const int kv_head = head / args.group;
-  const int past_splits = ceil_div(pages_of(past_tokens(sequence, kv_head)), args.cut.pages);
+  const int past_splits = ceil_div(pages_of(past_tokens(args, static_cast<int>(blockIdx.y), kv_head)), args.cut.pages);
   const int splits = past_splits + ceil_div(pages_of(tail_tokens(sequence)), args.cut.pages);
   if (splits > args.cut.count) {
     __trap();  // a sequence longer than the caller said
@@ -287,6 +307,30 @@ void launch(const DraftArgs& args, int kv_heads, int sequences, cudaStream_t str
   check_cuda(cudaGetLastError(), "draft attention, folding of splits");
 }
 
+// What lies behind the partial results where pages are chosen, for `pairs` (sequence, KV head).
+struct ChoiceScratch {
+  std::byte** pages = nullptr;
+  float* scores = nullptr;
+  int* tokens = nullptr;
+  int stride = 0;
+};
+int choice_stride(int longest_tokens) {
+  return ceil_div(ceil_div(longest_tokens, kPageTokens), 4) * 4;
+}
+size_t choice_bytes(size_t pairs, int stride) {
+  return pairs * (static_cast<size_t>(stride) * (sizeof(std::byte*) + sizeof(float)) + sizeof(int));
+}
+ChoiceScratch place_choice(std::byte* scratch, size_t pairs, int stride) {
+  const size_t entries = pairs * static_cast<size_t>(stride);
+  auto** pages = reinterpret_cast<std::byte**>(scratch);
+  auto* scores = reinterpret_cast<float*>(pages + entries);
+  return {pages, scores, reinterpret_cast<int*>(scores + entries), stride};
+}
+
+size_t partial_floats(size_t partials, int head_dim) {
+  return (partials * (static_cast<size_t>(head_dim) + 2) + 3) / 4 * 4;  // what follows is aligned to 16 bytes
+}
+
 }  // namespace
 
 // Partial results of `pairs` (sequence, KV head, tile) are at most kWaves * kSlots + 2 pairs, of up to 8 heads each:
@@ -296,11 +340,13 @@ size_t draft_attention_scratch_bytes(const Limits& limits) {
   const size_t tiles = static_cast<size_t>(limits.shape.kv_heads) * static_cast<size_t>(head_tiles(group));
   const size_t pairs = static_cast<size_t>(limits.max_sequences) * tiles;
   const size_t partials = (size_t{kWaves} * kSlots + 2 * pairs) * static_cast<size_t>(std::min(group, kTileHeads));
-  return partials * (static_cast<size_t>(limits.shape.head_dim) + 2) * sizeof(float);
+  const size_t heads = static_cast<size_t>(limits.max_sequences) * static_cast<size_t>(limits.shape.kv_heads);
+  return partial_floats(partials, limits.shape.head_dim) * sizeof(float) +
+         choice_bytes(heads, choice_stride(limits.max_context_tokens));
 }
 
 void draft_attention(const AttentionArgs& args, const KvFormat& format, const StagedPass& pass, int longest_tokens,
-                     float* scratch, cudaStream_t stream) {
+                     int read_tokens, float* scratch, cudaStream_t stream) {
   const KvShape& shape = args.shape;
   const int head_dim = shape.head_dim;
   check(pass.rows == pass.count, "a draft pass has one row a sequence");
@@ -316,13 +362,34 @@ void draft_attention(const AttentionArgs& args, const KvFormat& format, const St
                   .format = format,
                   .keys = key_pieces(format.key(), head_dim),
                   .values = value_pieces(format.value(), head_dim),
+                  .kv_heads = shape.kv_heads,
                   .out = args.out,
                   .log_sum_exp = args.log_sum_exp};
   draft.head_tiles = head_tiles(draft.group);
-  draft.cut = cut_pages(pass.count * shape.kv_heads * draft.head_tiles, longest_tokens);
+  const bool chooses = format.choice.in_layer(args.layer);
+  draft.cut = cut_pages(pass.count * shape.kv_heads * draft.head_tiles, chooses ? read_tokens : longest_tokens);
   const size_t partials = static_cast<size_t>(pass.count) * static_cast<size_t>(args.heads * draft.cut.count);
   draft.partials = scratch;
   draft.tops = reinterpret_cast<float2*>(scratch + partials * static_cast<size_t>(head_dim));
+  if (chooses) {
+    const ChoiceScratch choice = place_choice(
+        reinterpret_cast<std::byte*>(scratch + partial_floats(partials, head_dim)),
+        static_cast<size_t>(pass.count) * static_cast<size_t>(shape.kv_heads), choice_stride(longest_tokens));
+    choose_pages({.shape = shape,
+                  .heads = args.heads,
+                  .q = args.q,
+                  .sequences = draft.sequences,
+                  .count = pass.count,
+                  .format = format,
+                  .scores = choice.scores,
+                  .pages = choice.pages,
+                  .tokens = choice.tokens,
+                  .stride = choice.stride},
+                 stream);
+    draft.chosen = choice.pages;
+    draft.chosen_tokens = choice.tokens;
+    draft.chosen_stride = choice.stride;
+  }
   switch (head_dim) {
     case 32:
       return launch<32>(draft, shape.kv_heads, pass.count, stream);

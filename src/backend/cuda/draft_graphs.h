@@ -18,11 +18,9 @@ struct DraftShape {
   int logit_rows = 0;
   int layers = 0;
   int longest_tokens = 0;
+  int read_tokens = 0;
   const void* buffers = nullptr;
-  int key_bits = 0;
-  int value_bits = 0;
-  KvCode code{};
-  bool rotated = false;
+  KvFormat format{};
   auto operator<=>(const DraftShape&) const = default;
 };
 

@@ -79,12 +79,27 @@ void attention(const AttentionArgs& args, const StagedPass& pass, const Attentio
                const AttentionTile* device_tiles, const AttentionTile* device_combine, float* scratch,
                cudaStream_t stream);
 
+// page_choice.cu: of each sequence and KV head the pages of past that its query wants, as PageChoice says.
+struct PageChoiceArgs {
+  KvShape shape{};
+  int heads = 0;
+  const bf16* q = nullptr;  // (rows, heads, head_dim)
+  const SequenceRows* sequences = nullptr;
+  int count = 0;  // of them
+  KvFormat format{};
+  float* scores = nullptr;      // (sequences, kv_heads, stride): scratch, aligned to 16
+  std::byte** pages = nullptr;  // (sequences, kv_heads, stride): those chosen, in the order of the view
+  int* tokens = nullptr;        // (sequences, kv_heads): that they hold
+  int stride = 0;               // a multiple of 4, not less than the pages of any head
+};
+void choose_pages(const PageChoiceArgs& args, cudaStream_t stream);
+
 // draft_attention.cu: resident KV as stored (bf16 or packed, per-head lengths), then the bf16 tail, one row a sequence.
-// The launch depends on rows and on `longest_tokens` (of past and tail together, rounded up by the caller) alone, so
-// that it can be captured.
+// The launch depends on rows, on `longest_tokens` (of past and tail together, rounded up by the caller) and, where
+// pages are chosen, on `read_tokens` (the same of what is read) alone, so that it can be captured.
 size_t draft_attention_scratch_bytes(const Limits& limits);
 void draft_attention(const AttentionArgs& args, const KvFormat& format, const StagedPass& pass, int longest_tokens,
-                     float* scratch, cudaStream_t stream);
+                     int read_tokens, float* scratch, cudaStream_t stream);
 
 // quantize.cu
 void quantize(const QuantizeArgs& args, cudaStream_t stream);

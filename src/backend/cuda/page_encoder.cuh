@@ -82,6 +82,11 @@ __device__ inline void store4(std::byte* plane, int row, int lane, const uint32_
   reinterpret_cast<uint4*>(plane)[row * 32 + lane] = make_uint4(words[0], words[1], words[2], words[3]);
 }
 
+// rising_bits() of a pair of bf16, and its own inverse.
+__device__ inline uint32_t rising_pair(uint32_t pair) {
+  return pair ^ ((pair >> 15 & 0x00010001u) * 0x7fffu);
+}
+
 // What a warp does. Lane 4 g + c where codes are written, as packed_layout.h says.
 template <int kHeadDim>
 struct Encoder {
@@ -107,6 +112,26 @@ struct Encoder {
     page.key_codes[channel] =
         fit(lane < 16 ? ranges[0] : ranges[1], bits, affine + channel, affine + kHeadDim + channel);
     __syncwarp();
+  }
+
+  // Smallest and largest of the channels 32 warp .. (kv_view.h): a lane takes two channels of every other token.
+  __device__ void bound_keys(std::byte* bounds) {
+    const int pair = lane % 16;
+    const auto* words = reinterpret_cast<const uint32_t*>(page.keys[warp]);
+    auto* out = reinterpret_cast<uint32_t*>(bounds) + lane / 16 * (kHeadDim / 2) + 16 * warp + pair;
+    for (int run = 0; run < kBoundRuns; ++run, out += kHeadDim) {
+      const int first = min(run, max(held - 1, 0) / kBoundTokens) * kBoundTokens;
+      uint32_t low = 0x7fff7fffu;
+      uint32_t high = 0x80008000u;
+      for (int token = first + lane / 16; token < min(held, first + kBoundTokens); token += 2) {
+        const uint32_t rising = rising_pair(words[token * 16 + pair]);
+        low = __vmins2(low, rising);
+        high = __vmaxs2(high, rising);
+      }
+      low = __vmins2(low, __shfl_xor_sync(kAllLanes, low, 16));
+      high = __vmaxs2(high, __shfl_xor_sync(kAllLanes, high, 16));
+      *out = held > 0 ? rising_pair(lane < 16 ? low : high) : 0;
+    }
   }
 
   __device__ void encode_keys(int bits, std::byte* planes) {

@@ -52,10 +52,14 @@ void put(std::byte* target, const T* source, size_t count) {
   }
 }
 
+int pages_for(int tokens) {
+  return (tokens + kPageTokens - 1) / kPageTokens;
+}
+
 // Launches of drafts depend on it: in steps of an eighth, so that few graphs serve a growing context, and the work is
 // cut for little more than there is.
 int rounded_tokens(int tokens) {
-  const auto pages = static_cast<unsigned>((tokens + kPageTokens - 1) / kPageTokens);
+  const auto pages = static_cast<unsigned>(pages_for(tokens));
   const unsigned step = std::max(1u, std::bit_ceil(pages) / 16);
   return static_cast<int>((pages + step - 1) / step * step) * kPageTokens;
 }
@@ -92,7 +96,10 @@ void PassStage::stage(const PassRows& pass, CudaLane& lane) {
   put(block + at.sequences, pass.sequences.data(), pass.sequences.size());
   auto* sequence_of_row = reinterpret_cast<int*>(block + at.sequence_of_row);
   std::fill_n(sequence_of_row, pass.rows, -1);
+  format_ = sequences.empty() ? KvFormat{} : sequences.front().kv.past.format;
+  const PageChoice& choice = format_.choice;
   int longest = 1;
+  int most_read = 1;
   for (size_t i = 0; i < sequences.size(); ++i) {
     const SequenceRows& sequence = sequences[i];
     check(sequence.first_row >= 0 && sequence.rows >= 0 && sequence.rows <= pass.rows - sequence.first_row,
@@ -100,6 +107,9 @@ void PassStage::stage(const PassRows& pass, CudaLane& lane) {
     check(sequence.position >= sequence.kv.tail_position, "a sequence's rows stand in its tail");
     std::fill_n(sequence_of_row + sequence.first_row, sequence.rows, static_cast<int>(i));
     longest = std::max(longest, sequence.position + sequence.rows);
+    const int tail_position = sequence.kv.tail_position;
+    most_read = std::max(most_read, choice.pages_of(pages_for(tail_position)) * kPageTokens + sequence.position +
+                                        sequence.rows - tail_position);
   }
   check(std::find(sequence_of_row, sequence_of_row + pass.rows, -1) == sequence_of_row + pass.rows,
         "every row belongs to a sequence");
@@ -119,8 +129,8 @@ void PassStage::stage(const PassRows& pass, CudaLane& lane) {
            .logit_count = static_cast<int>(pass.logit_rows.size())};
   tiles_ = reinterpret_cast<const AttentionTile*>(area + at.tiles);
   combine_ = reinterpret_cast<const AttentionTile*>(area + at.combine);
-  format_ = sequences.empty() ? KvFormat{} : sequences.front().kv.past.format;
-  longest_tokens_ = rounded_tokens(longest);
+  longest_tokens_ = std::min(rounded_tokens(longest), pages_for(limits_.max_context_tokens) * kPageTokens);
+  read_tokens_ = choice.bounded ? rounded_tokens(most_read) : 0;
 }
 
 }  // namespace vericache::cuda

@@ -28,6 +28,7 @@ class PassStage {
   // Of a draft pass.
   const KvFormat& format() const { return format_; }
   int longest_tokens() const { return longest_tokens_; }
+  int read_tokens() const { return read_tokens_; }
 
   size_t device_bytes() const { return area_.bytes(); }
 
@@ -41,6 +42,7 @@ class PassStage {
   const AttentionTile* combine_ = nullptr;
   KvFormat format_;
   int longest_tokens_ = 0;
+  int read_tokens_ = 0;  // that a sequence reads at most where it chooses pages, 0 where none does
 };
 
 }  // namespace vericache::cuda

@@ -177,7 +177,7 @@ Outcome run(const KvShape& shape, const KvFormat& format, int heads, float scale
   AttentionArgs args{.shape = shape, .heads = heads, .scale = scale, .q = device_q.data(), .layer = 1};
   args.out = out.data();
   args.log_sum_exp = log_sum_exp.data();
-  cuda::draft_attention(args, format, pass, longest_tokens, scratch.data(), nullptr);
+  cuda::draft_attention(args, format, pass, longest_tokens, 0, scratch.data(), nullptr);
   finish();
   return {out.read(), log_sum_exp.read()};
 }
