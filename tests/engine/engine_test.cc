@@ -176,7 +176,8 @@ TEST(Engine, EveryFormatGivesTheFullAnswer) {
   const Outcome reference = run(nullptr, full_mode(), prompts(), 40, 0.6f);
   for (const char* compressor :
        {"kivi:bits=3", "kivi:bits=6", "kivi:k=3,v=8", "plane:bits=6", "plane:bits=7", "plane:bits=8", "plane:bits=9",
-        "plane:k=16,v=6", "fp8", "int8", "quarot:bits=4", "quarot:bits=3", "snapkv:budget=0.3+plane",
+        "plane:k=16,v=6", "fp8", "int8", "quarot:bits=4", "quarot:bits=3", "kvquant:bits=3",
+        "kvquant:k=16,v=2,outliers=0.03", "snapkv:budget=0.3+kvquant:bits=4", "snapkv:budget=0.3+plane",
         "snapkv:budget=0.3+quarot:bits=3", "streaming-llm:window=100+int8"}) {
     EngineOptions options = full_mode();
     options.horizon = 7;
@@ -189,8 +190,9 @@ TEST(Engine, EveryFormatGivesTheFullAnswer) {
 // Pages that cross the wire as what their resident form lacks, or coded by themselves; late, and some of them broken.
 TEST(Engine, EncodedResidualsGiveTheFullAnswer) {
   const Outcome reference = run(nullptr, full_mode(), prompts(), 40, 0.7f);
-  for (const char* compressor : {"kivi:bits=4", "kivi:k=8,v=3", "plane:bits=8", "fp8", "int8", "quarot:bits=4",
-                                 "snapkv:budget=0.3", "snapkv:budget=0.3+plane:bits=6"}) {
+  for (const char* compressor :
+       {"kivi:bits=4", "kivi:k=8,v=3", "plane:bits=8", "fp8", "int8", "quarot:bits=4", "kvquant:bits=3",
+        "kvquant:bits=2,outliers=0", "snapkv:budget=0.3", "snapkv:budget=0.3+plane:bits=6"}) {
     for (const WireForm form : {WireForm::plain, WireForm::coded}) {
       EngineOptions options = full_mode();
       options.horizon = 8;

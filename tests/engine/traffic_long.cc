@@ -25,6 +25,8 @@ TrafficSetup random_setup(std::mt19937_64& random) {
                                           "fp8",
                                           "int8",
                                           "quarot:bits=3",
+                                          "kvquant:bits=3",
+                                          "snapkv:budget=0.3+kvquant:bits=2",
                                           "snapkv:budget=0.2,window=16",
                                           "snapkv:budget=100,kernel=1",
                                           "snapkv:budget=0.4+kivi:bits=4",
