@@ -51,12 +51,13 @@ __device__ inline uint32_t random_pair(uint32_t seed, uint32_t size, bool positi
 }
 
 struct PartBytes {
-  int groups;  // of affine codes half of them scales
+  int groups;
+  int affine;  // of these scales and minima, half and half
   int all;
   KvPart part;
 };
 
-// Pages of random codes; scales about 1 / 8, minima about 1, bases 126 and 127.
+// Pages of random codes; scales about 1 / 8, minima about 1, bases 126 and 127, outliers about 4 in every 97th place.
 __global__ void fill_kernel(uint32_t* words, size_t count, PartBytes keys, PartBytes values, int bounds) {
   for (size_t i = blockIdx.x * size_t{blockDim.x} + threadIdx.x; i < count; i += size_t{gridDim.x} * blockDim.x) {
     const int in_page = static_cast<int>(i * 4 % static_cast<size_t>(keys.all + values.all + bounds));
@@ -72,7 +73,12 @@ __global__ void fill_kernel(uint32_t* words, size_t count, PartBytes keys, PartB
       words[i] = part.groups == 0 ? random_pair(seed, 0x3f80u, false) : 0x7e7e7e7eu | (mixed(seed) & 0x01010101u);
     } else if (part.part.code == KvCode::int8) {
       words[i] = random_pair(seed, 0x3c00u, true);
-    } else if (part.groups == 0 || at >= part.groups / 2) {
+    } else if (part.part.code == KvCode::nuq && at >= part.affine + kNuqLevels) {
+      words[i] =
+          static_cast<uint32_t>((at - part.affine - kNuqLevels) / 4 * 97) | (mixed(seed) & 0x7fu) << 16 | 0x40800000u;
+    } else if (part.part.code == KvCode::nuq && at >= part.affine) {
+      words[i] = mixed(seed) & 0x7f7f7f7fu;
+    } else if (part.groups == 0 || at >= part.affine / 2) {
       words[i] = random_pair(seed, 0x3f80u, false);
     } else {
       words[i] = random_pair(seed, 0x3e00u, true);
@@ -80,7 +86,8 @@ __global__ void fill_kernel(uint32_t* words, size_t count, PartBytes keys, PartB
   }
 }
 PartBytes part_bytes(const Pieces& pieces, const KvPart& part) {
-  return {pieces.group_bytes, bytes_of(pieces), part};
+  const int levels = part.code == KvCode::nuq ? kNuqLevels + 4 * outlier_slots(part, kShape.head_dim) : 0;
+  return {pieces.group_bytes, pieces.group_bytes - levels, bytes_of(pieces), part};
 }
 
 // Head pages of one format in random order.
@@ -140,6 +147,8 @@ const char* name_of(const KvFormat& format) {
       return "fp8";
     case KvCode::int8:
       return "int8";
+    case KvCode::nuq:
+      return "kvquant";
     default:
       return format.rotated ? "affine, rotated" : "affine";
   }
@@ -198,8 +207,9 @@ void bench_ops() {
         full.view({}, static_cast<size_t>(layer) * heads * kPages, kPages, tokens.data()), {}, kPages * kPageTokens};
   };
   const double full_bytes = static_cast<double>(heads) * kPages * static_cast<double>(full.page_bytes);
-  for (const KvFormat& format : {KvFormat{2, 2}, KvFormat{4, 4}, KvFormat{8, 8}, KvFormat{6, 6},
-                                 KvFormat{8, 8, KvCode::plane}, KvFormat{4, 4, KvCode::affine, true}}) {
+  for (const KvFormat& format :
+       {KvFormat{2, 2}, KvFormat{4, 4}, KvFormat{8, 8}, KvFormat{6, 6}, KvFormat{8, 8, KvCode::plane},
+        KvFormat{4, 4, KvCode::affine, true}, KvFormat{3, 3, KvCode::nuq, false, 10}}) {
     const Store packed(format, layers * heads * kPages, 5);
     const double us = median_us(16, [&](int i) {
       quantize({.shape = kShape,
@@ -258,7 +268,9 @@ void bench_all() {
        {KvFormat{2, 2}, KvFormat{4, 4}, KvFormat{8, 8}, KvFormat{16, 16}, KvFormat{4, 2}, KvFormat{3, 3},
         KvFormat{6, 6}, KvFormat{8, 8, KvCode::plane}, KvFormat{6, 6, KvCode::plane}, KvFormat{7, 7, KvCode::plane},
         KvFormat{9, 9, KvCode::plane}, KvFormat{8, 8, KvCode::fp8}, KvFormat{8, 8, KvCode::int8},
-        KvFormat{4, 4, KvCode::affine, true}}) {
+        KvFormat{4, 4, KvCode::affine, true}, KvFormat{2, 2, KvCode::nuq, false, 10},
+        KvFormat{3, 3, KvCode::nuq, false, 10}, KvFormat{4, 4, KvCode::nuq, false, 10},
+        KvFormat{4, 4, KvCode::nuq, false, 0}}) {
     for (const int batch : {1, 4, 16}) {
       bench_attention(format, batch);
     }

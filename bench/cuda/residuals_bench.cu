@@ -165,6 +165,8 @@ int main() {
   cuda::fill_kernel<<<1024, 256>>>(reinterpret_cast<uint16_t*>(memory.plain),
                                    cuda::kSets * cuda::kPages * memory.page / 2);
   cuda::bench("plane 8", {8, 8, KvCode::plane}, ResidualCode::resident, memory);
+  cuda::bench("kvquant 4", {4, 4, KvCode::nuq, false, 10}, ResidualCode::resident, memory);
+  cuda::bench("kvquant 3", {3, 3, KvCode::nuq, false, 10}, ResidualCode::resident, memory);
   cuda::bench("int8", {8, 8, KvCode::int8}, ResidualCode::resident, memory);
   for (const int bits : {8, 6, 4, 3, 2}) {
     const std::string name = "kivi " + std::to_string(bits);

@@ -30,18 +30,23 @@ enum class KvCode : uint8_t {
   plane,   // the leading bits of the bf16 itself, its exponent counted from the token's largest: 6, 7, 8 or 9 bits
   fp8,     // sign, 4 bits of exponent and 3 of mantissa, a power of two per token (Micikevicius et al. 2022): 8 bits
   int8,    // code * scale per token, symmetric: 8 bits
+  nuq,     // minimum + level[code] * scale, groups as affine; outliers apart (KVQuant, nuq_codes.h): 2, 3 or 4 bits
 };
 
 // K or V of a format. 16 bits: bf16 as computed, whatever the code.
 struct KvPart {
   int bits = 16;
   KvCode code = KvCode::affine;
+  int outliers = 0;  // thousandths of the values that nuq keeps apart, kMostOutliers at most
   constexpr KvPart() = default;
-  VERICACHE_BOTH constexpr explicit KvPart(int bits, KvCode code = KvCode::affine) : bits(bits), code(code) {}
+  VERICACHE_BOTH constexpr explicit KvPart(int bits, KvCode code = KvCode::affine, int outliers = 0)
+      : bits(bits), code(code), outliers(outliers) {}
   VERICACHE_BOTH constexpr bool exact() const { return bits == 16; }
   // Codes of one token of one head share what they are read with; of K, those of a channel do if not.
-  VERICACHE_BOTH constexpr bool by_token() const { return code != KvCode::affine; }
+  VERICACHE_BOTH constexpr bool by_token() const { return code != KvCode::affine && code != KvCode::nuq; }
 };
+inline constexpr int kMostOutliers = 30;
+inline constexpr int kNuqLevels = 16;  // bytes of the levels of a part, whatever its bits
 
 // Which pages of past a draft step reads: per sequence and KV head those whose keys may give the largest scores (Quest,
 // Tang et al. 2024, sections 3.2 and 3.3): of each query head the most that a key within the page's bounds can score,
@@ -70,9 +75,10 @@ struct KvFormat {
   int value_bits = 16;
   KvCode code = KvCode::affine;
   bool rotated = false;  // K and V stand for head vectors that were rotated (rotation.h)
+  int outliers = 0;      // of nuq, as KvPart says
   PageChoice choice{};
-  VERICACHE_BOTH constexpr KvPart key() const { return KvPart(key_bits, code); }
-  VERICACHE_BOTH constexpr KvPart value() const { return KvPart(value_bits, code); }
+  VERICACHE_BOTH constexpr KvPart key() const { return KvPart(key_bits, code, outliers); }
+  VERICACHE_BOTH constexpr KvPart value() const { return KvPart(value_bits, code, outliers); }
   // Whether a page begins with its keys and values as computed; bounds may follow.
   bool exact() const { return key_bits == 16 && value_bits == 16; }
   auto operator<=>(const KvFormat&) const = default;
@@ -90,7 +96,8 @@ struct KvFormat {
 //
 // Quantized layout, per K or V part: codes of all panel rows, then what they are read with (kv_codes.h):
 //   affine: per value index of a pair (K: channel, key_dim of them; V: token, 64 of them) a bf16 scale and a bf16
-//   minimum; plane, fp8: per token a byte, the largest exponent; int8: per token a bf16 scale.
+//   minimum; plane, fp8: per token a byte, the largest exponent; int8: per token a bf16 scale. nuq: as affine, then
+//   kNuqLevels bytes, the levels, then a fixed number of slots of 4 bytes, the outliers (nuq_codes.h).
 // The codes lie in planes, one for each binary digit of `bits`, the widest first: 6 bits are a plane of the 4 high bits
 // and a plane of the 2 low ones. Each holds all panel rows in the order of the bf16 layout:
 //   8 bits: 16 lanes x 16 bits per row, low byte the first of the pair.
@@ -98,15 +105,20 @@ struct KvFormat {
 //   2 bits: 16 lanes x 8 bits per two rows (2r, 2r+1): bits 0-1 and 2-3 the pair of row 2r, 4-5 and 6-7 that of row
 //   2r+1.
 //   1 bit: 16 lanes x 8 bits per four rows in the same manner.
-VERICACHE_BOTH constexpr int group_bytes(const KvPart& part, int affine_groups) {
+// Slots for outliers of a part of `dims` channels: four of them are 16 bytes, which a GPU reads at once.
+VERICACHE_BOTH constexpr int outlier_slots(const KvPart& part, int dims) {
+  return part.exact() ? 0 : (kPageTokens * dims * part.outliers + 3999) / 4000 * 4;
+}
+VERICACHE_BOTH constexpr int group_bytes(const KvPart& part, int dims, int affine_groups) {
   return part.exact()                ? 0
+         : part.code == KvCode::nuq  ? 4 * affine_groups + kNuqLevels + 4 * outlier_slots(part, dims)
          : !part.by_token()          ? 4 * affine_groups
          : part.code == KvCode::int8 ? 2 * kPageTokens
                                      : kPageTokens;
 }
 VERICACHE_BOTH constexpr size_t part_bytes(const KvPart& part, int dims, int affine_groups) {
   return static_cast<size_t>(kPageTokens) * static_cast<size_t>(dims) / 8 * static_cast<size_t>(part.bits) +
-         static_cast<size_t>(group_bytes(part, affine_groups));
+         static_cast<size_t>(group_bytes(part, dims, affine_groups));
 }
 VERICACHE_BOTH constexpr size_t key_page_bytes(const KvPart& part, const KvShape& shape) {
   return part_bytes(part, shape.key_dim(), shape.key_dim());

@@ -6,7 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "backend/kv_codes.h"
+#include "backend/nuq_codes.h"
 #include "base/host_device.h"
 
 namespace vericache {
@@ -97,13 +97,13 @@ VERICACHE_BOTH inline int residual_log2(uint32_t x) {
 #endif
 }
 
-// Affine codes: a value lies within half a step of minimum + code * scale. Near zero a step holds every small exponent:
-// what is below a sixteenth of the step's far end escapes, so that no code leaves more than kMostFieldBits open.
-VERICACHE_BOTH inline ResidualField affine_field(uint32_t code, float scale, float minimum) {
-  const auto step = static_cast<float>(code);
+// A value lies between minimum + first * scale and minimum + last * scale, where first and last have 9 significant bits
+// at most. Near zero such an interval holds every small exponent: what is below a sixteenth of its far end escapes, so
+// that no code leaves more than kMostFieldBits open.
+VERICACHE_BOTH inline ResidualField interval_field(float first, float last, float scale, float minimum) {
   // Products of 9 and 8 significant bits are exact: only the sums round, contracted or not.
-  const float low = minimum + (step - 0.5f) * scale;
-  const float high = minimum + (step + 0.5f) * scale;
+  const float low = minimum + first * scale;
+  const float high = minimum + last * scale;
   if (!(low <= high)) {
     return {};  // NaN: hardly a value fits
   }
@@ -117,6 +117,19 @@ VERICACHE_BOTH inline ResidualField affine_field(uint32_t code, float scale, flo
   const uint32_t nearer = magnitude_low < magnitude_high ? magnitude_low : magnitude_high;
   const int bits = residual_log2(field.top - (field.either_sign ? 0 : nearer) + 1);
   field.magnitude_bits = bits < kOpenBits ? bits : kOpenBits;
+  return field;
+}
+// Affine codes: within half a step of minimum + code * scale.
+VERICACHE_BOTH inline ResidualField affine_field(uint32_t code, float scale, float minimum) {
+  const auto step = static_cast<float>(code);
+  return interval_field(step - 0.5f, step + 0.5f, scale, minimum);
+}
+
+// An outlier is resident as it is: nothing is open.
+VERICACHE_BOTH inline ResidualField outlier_field(uint32_t value) {
+  ResidualField field;
+  field.top = value & kMagnitudeBits;
+  field.negative = value >> 15 != 0;
   return field;
 }
 
@@ -156,11 +169,12 @@ VERICACHE_BOTH inline ResidualField fp8_field(uint32_t code, uint32_t base) {
   return field;
 }
 
-// What a code is read with: of affine ones the scale and the minimum, of int8 the scale, as bits of bf16; else the
-// base.
+// What a code is read with: of affine ones and nuq the scale and the minimum, of int8 the scale, as bits of bf16; else
+// the base.
 struct ResidualGroup {
   uint32_t first = 0;
   uint32_t second = 0;
+  const uint8_t* levels = nullptr;  // of nuq
 };
 VERICACHE_BOTH inline ResidualField residual_field(const KvPart& part, uint32_t code, const ResidualGroup& group) {
   switch (part.code) {
@@ -172,6 +186,9 @@ VERICACHE_BOTH inline ResidualField residual_field(const KvPart& part, uint32_t 
       const float scale = float_of_bits(group.first << 16);
       return affine_field(static_cast<uint32_t>(int8_of(code) + 128), scale, -128.0f * scale);
     }
+    case KvCode::nuq:
+      return interval_field(nuq_low(group.levels, code), nuq_high(group.levels, code, part.bits),
+                            float_of_bits(group.first << 16), float_of_bits(group.second << 16));
     case KvCode::affine:
       break;
   }

@@ -37,6 +37,8 @@ double open_bits(const KvPart& part, bool rotated) {
       return 4.7;
     case KvCode::int8:
       return 4.4;
+    case KvCode::nuq:
+      return part.bits == 4 ? 7.9 : part.bits == 3 ? 9.2 : 10.2;
     case KvCode::affine:
       break;
   }

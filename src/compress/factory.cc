@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <charconv>
+#include <cmath>
 #include <initializer_list>
 #include <map>
 #include <vector>
@@ -23,14 +24,14 @@ namespace {
 
 constexpr std::string_view kHelp =
     "none | kivi[:bits=2|3|4|6|8 or k=..,v=..] | quarot[:bits=2|3|4|6|8 or k=..,v=..] | plane[:bits=6|7|8|9 or "
-    "k=..,v=..] | fp8 | int8 | streaming-llm[:sinks=4,window=1024] | "
+    "k=..,v=..] | fp8 | int8 | kvquant[:bits=2|3|4 or k=..,v=..,outliers=0.01] | streaming-llm[:sinks=4,window=1024] | "
     "snapkv[:budget=0.2,window=32,kernel=7] | pyramidkv[:budget=0.2,window=8,kernel=7,beta=20] | "
     "h2o[:budget=0.2] | tova[:budget=0.2] | knorm[:budget=0.2] | keydiff[:budget=0.2] | "
     "expected[:budget=0.2,window=128,future=512,sinks=4] | "
     "quest[:budget=0.2,dense=2] | "
     "adakv[:alpha=0.2](METHOD), where METHOD scores tokens: all but streaming-llm and quest of those with a budget; "
     "those that drop tokens or, as quest does, read some of them quantize what they keep with +kivi..., +quarot..., "
-    "+plane..., +fp8 or +int8 appended; "
+    "+plane..., +fp8, +int8 or +kvquant... appended; "
     ";layers=0-1:OTHER (or ;layers=3:OTHER) behind it all gives those layers another one; budget and window are a "
     "share "
     "of the context (up to 1) or tokens";
@@ -107,7 +108,8 @@ class Spec {
 };
 
 bool quantizes(std::string_view method) {
-  return method == "kivi" || method == "quarot" || method == "plane" || method == "fp8" || method == "int8";
+  return method == "kivi" || method == "quarot" || method == "plane" || method == "fp8" || method == "int8" ||
+         method == "kvquant";
 }
 
 // The format of a method that quantizes.
@@ -120,6 +122,14 @@ KvFormat read_format(Spec& spec) {
   } else if (spec.name() == "plane") {
     const int bits = spec.bits("bits", 8, {6, 7, 8, 9});
     format = {spec.bits("k", bits, {6, 7, 8, 9, 16}), spec.bits("v", bits, {6, 7, 8, 9, 16}), KvCode::plane};
+  } else if (spec.name() == "kvquant") {
+    const int bits = spec.bits("bits", 4, {2, 3, 4});
+    format = {spec.bits("k", bits, {2, 3, 4, 16}), spec.bits("v", bits, {2, 3, 4, 16}), KvCode::nuq};
+    const double outliers = 1000 * spec.number("outliers", 0.01, 0, kMostOutliers / 1000.0);
+    format.outliers = static_cast<int>(std::lround(outliers));
+    if (std::abs(outliers - format.outliers) > 1e-6) {
+      spec.fail("outliers is a whole number of thousandths");
+    }
   } else {
     format.code = spec.name() == "fp8" ? KvCode::fp8 : KvCode::int8;
   }
@@ -208,7 +218,7 @@ std::unique_ptr<Compressor> make_method(std::string_view text) {
   if (plus != std::string_view::npos) {
     Spec then(text.substr(plus + 1));
     if (!quantizes(then.name())) {
-      then.fail("only kivi, quarot, plane, fp8 or int8 can follow '+'");
+      then.fail("only kivi, quarot, plane, fp8, int8 or kvquant can follow '+'");
     }
     kept = read_format(then);
     if (spec.name() == "none" || quantizes(spec.name())) {

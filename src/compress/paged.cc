@@ -16,10 +16,14 @@ std::string PagedCompressor::name() const {
     default:
       break;
   }
-  const std::string_view method = format_.code == KvCode::plane ? "plane" : format_.rotated ? "quarot" : "kivi";
-  return format_.key_bits == format_.value_bits
-             ? fmt::format("{}:bits={}", method, format_.key_bits)
-             : fmt::format("{}:k={},v={}", method, format_.key_bits, format_.value_bits);
+  const std::string_view method = format_.code == KvCode::plane ? "plane"
+                                  : format_.code == KvCode::nuq ? "kvquant"
+                                  : format_.rotated             ? "quarot"
+                                                                : "kivi";
+  const std::string bits = format_.key_bits == format_.value_bits
+                               ? fmt::format("{}:bits={}", method, format_.key_bits)
+                               : fmt::format("{}:k={},v={}", method, format_.key_bits, format_.value_bits);
+  return format_.code == KvCode::nuq ? fmt::format("{},outliers={}", bits, format_.outliers / 1000.0) : bits;
 }
 
 bool PagedCompressor::compress(Kernels& kernels, const FullLayer& full, TokenRange fresh, const Attended& /*seen*/,

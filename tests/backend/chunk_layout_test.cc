@@ -18,7 +18,10 @@ constexpr KvPart kParts[] = {KvPart(2),
                              KvPart(8, KvCode::plane),
                              KvPart(9, KvCode::plane),
                              KvPart(8, KvCode::fp8),
-                             KvPart(8, KvCode::int8)};
+                             KvPart(8, KvCode::int8),
+                             KvPart(2, KvCode::nuq, 10),
+                             KvPart(3, KvCode::nuq),
+                             KvPart(4, KvCode::nuq, 30)};
 
 // K or V of a page whose every code is known.
 class Part {
@@ -27,7 +30,7 @@ class Part {
       : part_(part),
         keys_(keys),
         head_dim_(head_dim),
-        groups_(group_bytes(part, keys ? head_dim : kPageTokens)),
+        groups_(group_bytes(part, head_dim, keys ? head_dim : kPageTokens)),
         stored_(static_cast<size_t>(groups_ + kPageTokens * head_dim * part.bits / 8)),
         codes_(static_cast<size_t>(kPageTokens * head_dim)) {}
 

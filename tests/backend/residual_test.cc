@@ -30,7 +30,9 @@ std::vector<Case> cases() {
     }
     for (const KvFormat& format :
          {KvFormat{8, 8, KvCode::plane}, KvFormat{6, 9, KvCode::plane}, KvFormat{16, 7, KvCode::plane},
-          KvFormat{8, 8, KvCode::fp8}, KvFormat{8, 8, KvCode::int8}}) {
+          KvFormat{8, 8, KvCode::fp8}, KvFormat{8, 8, KvCode::int8}, KvFormat{4, 4, KvCode::nuq, false, 10},
+          KvFormat{3, 2, KvCode::nuq, false, 30}, KvFormat{2, 16, KvCode::nuq, false, 0},
+          KvFormat{16, 3, KvCode::nuq, false, 10}}) {
       out.push_back({shape, format, ResidualCode::resident});
     }
   }
@@ -63,15 +65,23 @@ TEST(Residuals, OrdinaryValuesTakeFewBits) {
     ResidualCode code;
     double most;
   };
-  const Target targets[] = {
-      {format_of(8, 8), ResidualCode::resident, 5.3},       {format_of(6, 6), ResidualCode::resident, 7.3},
-      {format_of(4, 4), ResidualCode::resident, 9.4},       {format_of(2, 2), ResidualCode::resident, 11.5},
-      {{8, 8, KvCode::plane}, ResidualCode::resident, 4.2}, {{6, 6, KvCode::plane}, ResidualCode::resident, 6.2},
-      {{8, 8, KvCode::fp8}, ResidualCode::resident, 5.0},   {{8, 8, KvCode::int8}, ResidualCode::resident, 5.3},
-      {rotated_of(8, 8), ResidualCode::resident, 4.4},      {rotated_of(6, 6), ResidualCode::resident, 6.2},
-      {rotated_of(4, 4), ResidualCode::resident, 8.3},      {rotated_of(3, 3), ResidualCode::resident, 9.4},
-      {rotated_of(2, 2), ResidualCode::resident, 10.9},     {rotated_of(16, 4), ResidualCode::resident, 10.0},
-      {format_of(4, 4), ResidualCode::lossless, 11.5}};
+  const Target targets[] = {{format_of(8, 8), ResidualCode::resident, 5.3},
+                            {format_of(6, 6), ResidualCode::resident, 7.3},
+                            {format_of(4, 4), ResidualCode::resident, 9.4},
+                            {format_of(2, 2), ResidualCode::resident, 11.5},
+                            {{8, 8, KvCode::plane}, ResidualCode::resident, 4.2},
+                            {{6, 6, KvCode::plane}, ResidualCode::resident, 6.2},
+                            {{8, 8, KvCode::fp8}, ResidualCode::resident, 5.0},
+                            {{8, 8, KvCode::int8}, ResidualCode::resident, 5.3},
+                            {rotated_of(8, 8), ResidualCode::resident, 4.4},
+                            {rotated_of(6, 6), ResidualCode::resident, 6.2},
+                            {rotated_of(4, 4), ResidualCode::resident, 8.3},
+                            {rotated_of(3, 3), ResidualCode::resident, 9.4},
+                            {rotated_of(2, 2), ResidualCode::resident, 10.9},
+                            {rotated_of(16, 4), ResidualCode::resident, 10.0},
+                            {{4, 4, KvCode::nuq, false, 10}, ResidualCode::resident, 9.2},
+                            {{2, 2, KvCode::nuq, false, 10}, ResidualCode::resident, 11.0},
+                            {format_of(4, 4), ResidualCode::lossless, 11.5}};
   for (const Target& target : targets) {
     ResidualPages pages(shape, target.format, 4);
     pages.fill(Filling::normal, random);

@@ -6,8 +6,7 @@
 
 #include <cmath>
 
-#include "backend/cpu/codes.h"
-#include "backend/kv_fixture.h"
+#include "backend/packed_page.h"
 
 namespace vericache::test {
 namespace {
@@ -25,50 +24,6 @@ class TokenCodes : public testing::TestWithParam<Isa> {
 };
 INSTANTIATE_TEST_SUITE_P(Cpu, TokenCodes, testing::ValuesIn(supported_isas()),
                          [](const auto& info) { return isa_test_name(info); });
-
-// A head page and its codes.
-struct Page {
-  Page(const KvShape& shape, const KvFormat& format) : shape(shape), format(format) {
-    bytes.resize(head_page_bytes({}, shape) / 2);
-    codes.assign(head_page_bytes(format, shape) + 1, std::byte{0x5a});
-  }
-  void pack(Kernels& kernels, int tokens) {
-    kernels.quantize_head_page(reinterpret_cast<const std::byte*>(bytes.data()), tokens, shape, format, codes.data());
-    EXPECT_EQ(codes.back(), std::byte{0x5a});
-    back.resize(bytes.size());
-    kernels.dequantize_head_page(codes.data(), shape, format, reinterpret_cast<std::byte*>(back.data()));
-  }
-  PartLayout layout(bool keys) const { return keys ? key_layout(format, shape) : value_layout(format, shape); }
-  const std::byte* part(bool keys) const { return codes.data() + (keys ? 0 : key_page_bytes(format.key(), shape)); }
-  int values(bool keys) const { return kPageTokens * (keys ? shape.key_dim() : shape.head_dim); }
-  size_t first(bool keys) const { return keys ? 0 : static_cast<size_t>(values(true)); }
-  bf16 original(bool keys, int index) const { return bytes[first(keys) + static_cast<size_t>(index)]; }
-  bf16 read(bool keys, int index) const { return back[first(keys) + static_cast<size_t>(index)]; }
-
-  KvShape shape;
-  KvFormat format;
-  std::vector<bf16> bytes;
-  std::vector<std::byte> codes;
-  std::vector<bf16> back;
-};
-
-// Numbers as a model makes them, and among them all that a bf16 can be.
-bf16 hostile(Random& random) {
-  switch (random.below(8)) {
-    case 0:
-      return bf16{static_cast<uint16_t>(random.below(65536))};
-    case 1:
-      return bf16{static_cast<uint16_t>(random.below(2) << 15)};
-    case 2:
-      return bf16{static_cast<uint16_t>(0x7f7f | random.below(2) << 15)};
-    case 3:
-      return bf16{static_cast<uint16_t>(0x7f80 | random.below(2) << 15 | random.below(2))};
-    case 4:
-      return bf16{static_cast<uint16_t>(random.below(128))};
-    default:
-      return to_bf16(random.normal());
-  }
-}
 
 uint32_t largest(const Page& page, bool keys, int token, KvCode code, int tokens) {
   uint32_t top = 0;
@@ -189,20 +144,7 @@ TEST_P(TokenCodes, ErrorsStayWithinWhatTheBitsLeaveOpen) {
 // Vector classes agree bit for bit: drafts on one machine are drafts on another.
 TEST(TokenCodesClasses, AgreeBitForBit) {
   Random random(82);
-  const KvShape shape{1, 1, 80};
-  const auto a = make_cpu_kernels(Isa::portable, 1, {shape, 1, 1, 64});
-  const auto b = make_cpu_kernels(best_isa(), 1, {shape, 1, 1, 64});
-  for (const KvFormat& format : kFormats) {
-    Page of_a(shape, format);
-    for (bf16& x : of_a.bytes) {
-      x = hostile(random);
-    }
-    Page of_b = of_a;
-    of_a.pack(*a, 50);
-    of_b.pack(*b, 50);
-    EXPECT_TRUE(of_a.codes == of_b.codes);
-    EXPECT_TRUE(of_a.back == of_b.back);
-  }
+  expect_classes_agree(kFormats, random);
 }
 
 }  // namespace

@@ -134,10 +134,12 @@ TEST(PagedCompressor, PagesOfEveryFormatAreAsLargeAsTheirBits) {
                                              {"plane", 8, 1},
                                              {"plane:bits=9", 9, 1},
                                              {"fp8", 8, 1},
+                                             {"kvquant:bits=3,outliers=0", 3, 0},
                                              {"int8", 8, 2}}) {
     const auto method = make_compressor(spec);
     const int values = kPageTokens * (kShape.key_dim() + kShape.head_dim);
-    const int groups = by_token > 0 ? 2 * by_token * kPageTokens : 4 * (kShape.key_dim() + kPageTokens);
+    const int levels = std::string_view(spec).starts_with("kvquant") ? 2 * kNuqLevels : 0;
+    const int groups = by_token > 0 ? 2 * by_token * kPageTokens : 4 * (kShape.key_dim() + kPageTokens) + levels;
     EXPECT_EQ(method->resident_bytes(65, kShape),
               static_cast<size_t>(2 * kShape.layers * kShape.kv_heads * (values * bits / 8 + groups)))
         << spec;
@@ -452,10 +454,11 @@ TEST(Compressor, ResidentBytesBoundWhatIsTaken) {
 // What admission and staging count on is what the coder makes of ordinary values, nearly.
 TEST(Compressor, WireBytesAreNearWhatTheWireCounts) {
   RandomLayer full(kShape, kHeads, 13);
-  for (const char* spec : {"streaming-llm:window=0.3", "snapkv:budget=0.3+kivi:bits=4", "kivi:bits=4", "kivi:bits=8",
-                           "kivi:bits=2", "kivi:k=8,v=2", "knorm:budget=0.3", "adakv:alpha=1(keydiff:budget=0.3)",
-                           "kivi:bits=4;layers=0:snapkv+kivi:bits=4", "plane:bits=8", "int8", "fp8", "quarot:bits=4",
-                           "kivi:k=6,v=3", "quest:budget=0.1+kivi:bits=4"}) {
+  for (const char* spec :
+       {"streaming-llm:window=0.3", "snapkv:budget=0.3+kivi:bits=4", "kivi:bits=4", "kivi:bits=8", "kivi:bits=2",
+        "kivi:k=8,v=2", "knorm:budget=0.3", "adakv:alpha=1(keydiff:budget=0.3)",
+        "kivi:bits=4;layers=0:snapkv+kivi:bits=4", "plane:bits=8", "int8", "fp8", "quarot:bits=4", "kivi:k=6,v=3",
+        "kvquant:bits=4", "kvquant:bits=3", "kvquant:bits=2", "quest:budget=0.1+kivi:bits=4"}) {
     const auto compressor = full.compressor(spec);
     const int tokens = 640;
     const int pages = tokens / kPageTokens;

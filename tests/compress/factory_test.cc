@@ -30,6 +30,12 @@ TEST(CompressorFactory, ReadsWhatItNames) {
       {"quarot:k=16,v=2", "quarot:k=16,v=2"},
       {"snapkv+quarot", "snapkv:budget=0.2,window=32,kernel=7+quarot:bits=4"},
       {"int8", "int8"},
+      {"kvquant", "kvquant:bits=4,outliers=0.01"},
+      {"kvquant:bits=3", "kvquant:bits=3,outliers=0.01"},
+      {"kvquant:k=16,v=2,outliers=0", "kvquant:k=16,v=2,outliers=0"},
+      {"snapkv+kvquant:bits=3,outliers=0.025", "snapkv:budget=0.2,window=32,kernel=7+kvquant:bits=3,outliers=0.025"},
+      {"kvquant;layers=2:snapkv+kvquant",
+       "kvquant:bits=4,outliers=0.01;layers=2:snapkv:budget=0.2,window=32,kernel=7+kvquant:bits=4,outliers=0.01"},
       {"snapkv+plane:bits=7", "snapkv:budget=0.2,window=32,kernel=7+plane:bits=7"},
       {"streaming-llm+fp8", "streaming-llm:sinks=4,window=1024+fp8"},
       {"snapkv+int8", "snapkv:budget=0.2,window=32,kernel=7+int8"},
@@ -73,6 +79,7 @@ TEST(CompressorFactory, ReadsWhatItNames) {
   EXPECT_EQ(make_compressor("plane:bits=7")->format(), (KvFormat{7, 7, KvCode::plane}));
   EXPECT_EQ(make_compressor("fp8")->format(), (KvFormat{8, 8, KvCode::fp8}));
   EXPECT_EQ(make_compressor("int8")->format(), (KvFormat{8, 8, KvCode::int8}));
+  EXPECT_EQ(make_compressor("kvquant:k=3,v=2,outliers=0.03")->format(), (KvFormat{3, 2, KvCode::nuq, false, 30}));
   EXPECT_TRUE(make_compressor("none")->format().exact());
   EXPECT_TRUE(make_compressor("snapkv")->chooses_anew());
   EXPECT_FALSE(make_compressor("kivi")->chooses_anew());
@@ -151,6 +158,14 @@ TEST(CompressorFactory, RefusesEverythingElseAndSaysWhatThereIs) {
                            "plane:bits=8,bits=8",
                            "fp8:bits=8",
                            "int8:bits=8",
+                           "kvquant:bits=8",
+                           "kvquant:k=16,v=16",
+                           "kvquant:outliers=0.031",
+                           "kvquant:outliers=0.0105",
+                           "kvquant:outliers=-0.01",
+                           "kvquant:sensitivity=1",
+                           "kvquant+kivi",
+                           "kvquant;layers=0:kvquant:outliers=0",
                            "int4",
                            "plane+kivi",
                            "fp8+int8",
@@ -211,53 +226,15 @@ TEST(CompressorFactory, RefusesEverythingElseAndSaysWhatThereIs) {
 
 // Pieces of specs in any order: a compressor whose name reads back, or a UsageError.
 RC_GTEST_PROP(CompressorFactory, RandomTextNeverCrashes, ()) {
-  static const std::vector<std::string> pieces{"plane",
-                                               "fp8",
-                                               "int8",
-                                               "6",
-                                               "7",
-                                               "9",
-                                               "3",
-                                               "none",
-                                               "kivi",
-                                               "snapkv",
-                                               "streaming-llm",
-                                               ":",
-                                               ",",
-                                               "=",
-                                               "+",
-                                               "bits",
-                                               "k",
-                                               "v",
-                                               "budget",
-                                               "window",
-                                               "sinks",
-                                               "kernel",
-                                               "0",
-                                               "1",
-                                               "2",
-                                               "4",
-                                               "8",
-                                               "16",
-                                               "0.3",
-                                               "1e9",
-                                               "-",
-                                               "nan",
-                                               "inf",
-                                               " ",
-                                               "\xc3",
-                                               "{}",
-                                               "%s",
-                                               "33",
-                                               "9999999999999999999999",
-                                               "adakv",
-                                               "(",
-                                               ")",
-                                               ";layers=",
-                                               "h2o",
-                                               "tova",
-                                               "knorm",
-                                               "alpha"};
+  static const std::vector<std::string> pieces{
+      "plane",  "fp8",    "int8",  "kvquant",  "outliers", "0.01",   "6",
+      "7",      "9",      "3",     "none",     "kivi",     "snapkv", "streaming-llm",
+      ":",      ",",      "=",     "+",        "bits",     "k",      "v",
+      "budget", "window", "sinks", "kernel",   "0",        "1",      "2",
+      "4",      "8",      "16",    "0.3",      "1e9",      "-",      "nan",
+      "inf",    " ",      "\xc3",  "{}",       "%s",       "33",     "9999999999999999999999",
+      "adakv",  "(",      ")",     ";layers=", "h2o",      "tova",   "knorm",
+      "alpha"};
   std::string text;
   const auto chosen = *rc::gen::container<std::vector<size_t>>(rc::gen::inRange<size_t>(0, pieces.size() + 8));
   for (const size_t i : chosen) {

@@ -202,11 +202,26 @@ TEST(Engine, ChosenPagesOfTheFullKvStayOnTheDevice) {
 // The other formats of resident KV, each at one horizon: what they have of their own lies below the engine.
 TEST(Engine, EveryFormatGivesTheFullAnswer) {
   const Outcome reference = run(nullptr, full_mode(), prompts(), 40, 0.6f);
-  for (const char* compressor :
-       {"kivi:bits=3", "kivi:bits=6", "kivi:k=3,v=8", "plane:bits=6", "plane:bits=7", "plane:bits=8", "plane:bits=9",
-        "plane:k=16,v=6", "fp8", "int8", "quarot:bits=4", "quarot:bits=3", "snapkv:budget=0.3+plane",
-        "snapkv:budget=0.3+quarot:bits=3", "streaming-llm:window=100+int8", "quest:budget=100,dense=1+quarot:bits=4",
-        "quest:budget=0,dense=0+plane:bits=8"}) {
+  for (const char* compressor : {"kivi:bits=3",
+                                 "kivi:bits=6",
+                                 "kivi:k=3,v=8",
+                                 "plane:bits=6",
+                                 "plane:bits=7",
+                                 "plane:bits=8",
+                                 "plane:bits=9",
+                                 "plane:k=16,v=6",
+                                 "fp8",
+                                 "int8",
+                                 "quarot:bits=4",
+                                 "quarot:bits=3",
+                                 "kvquant:bits=3",
+                                 "kvquant:k=16,v=2,outliers=0.03",
+                                 "snapkv:budget=0.3+kvquant:bits=4",
+                                 "snapkv:budget=0.3+plane",
+                                 "snapkv:budget=0.3+quarot:bits=3",
+                                 "streaming-llm:window=100+int8",
+                                 "quest:budget=100,dense=1+quarot:bits=4",
+                                 "quest:budget=0,dense=0+plane:bits=8"}) {
     EngineOptions options = full_mode();
     options.horizon = 7;
     const Outcome compressed = run(compressor, options, prompts(), 40, 0.6f);
@@ -220,8 +235,8 @@ TEST(Engine, EncodedResidualsGiveTheFullAnswer) {
   const Outcome reference = run(nullptr, full_mode(), prompts(), 40, 0.7f);
   for (const char* compressor :
        {"kivi:bits=4", "kivi:k=8,v=3", "plane:bits=8", "fp8", "int8", "quarot:bits=4", "quarot:bits=3",
-        "snapkv+quarot:bits=3", "snapkv:budget=0.3", "snapkv:budget=0.3+plane:bits=6", "quest:budget=0.3+kivi:bits=4",
-        "quest:budget=0.3+int8"}) {
+        "kvquant:bits=3", "kvquant:bits=2,outliers=0", "snapkv+quarot:bits=3", "snapkv:budget=0.3",
+        "snapkv:budget=0.3+plane:bits=6", "quest:budget=0.3+kivi:bits=4", "quest:budget=0.3+int8"}) {
     for (const WireForm form : {WireForm::plain, WireForm::coded}) {
       EngineOptions options = full_mode();
       options.horizon = 8;

@@ -157,6 +157,9 @@ TEST(ResidualBits, OfATrainedModelsKvAreWithinTheirTargets) {
                             {"quarot 2", {2, 2, KvCode::affine, true}, 10.5},
                             {"fp8", {8, 8, KvCode::fp8}, 5.0},
                             {"int8", {8, 8, KvCode::int8}, 5.3},
+                            {"kvquant 4", {4, 4, KvCode::nuq, false, 10}, 6.9},
+                            {"kvquant 3", {3, 3, KvCode::nuq, false, 10}, 8.1},
+                            {"kvquant 2", {2, 2, KvCode::nuq, false, 10}, 9.4},
                             {"lossless", {4, 4}, 11.5}};
   const double all_values = static_cast<double>(pages.size()) * static_cast<double>(page_bytes(shape) / sizeof(bf16));
   for (const Target& target : targets) {

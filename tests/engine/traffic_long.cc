@@ -27,6 +27,8 @@ TrafficSetup random_setup(std::mt19937_64& random) {
                                           "quarot:bits=3",
                                           "quest:budget=0.2",
                                           "quest:budget=100,dense=1+kivi:bits=4",
+                                          "kvquant:bits=3",
+                                          "snapkv:budget=0.3+kvquant:bits=2",
                                           "snapkv:budget=0.2,window=16",
                                           "snapkv:budget=100,kernel=1",
                                           "snapkv:budget=0.4+kivi:bits=4",

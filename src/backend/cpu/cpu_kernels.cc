@@ -39,7 +39,7 @@ size_t at(int rows, int columns) {
 }
 
 CpuOps ops_of(Isa isa) {
-  CpuOps ops{simd_product(isa), &row_ops(isa), {affine_ops(isa), token_code_ops(isa)}};
+  CpuOps ops{simd_product(isa), &row_ops(isa), {affine_ops(isa), token_code_ops(isa), nuq_ops(isa)}};
   if (isa == Isa::avx512_bf16) {
     ops.product = avx512_bf16_product();
   } else if (isa == Isa::amx) {

@@ -25,19 +25,13 @@ struct Affine {
   float minimum = 0;
 };
 
-// The smallest bf16 that is not below x, for x >= 0; NaN stays NaN.
-bf16 round_up(float x) {
-  const bf16 below{static_cast<uint16_t>(std::bit_cast<uint32_t>(x) >> 16)};
-  return to_float(below) < x ? bf16{static_cast<uint16_t>(below.bits + 1)} : below;
-}
-
 // Inputs that are not finite give codes of no meaning, and nothing worse: the result is only ever a draft.
 Affine fit(float low, float high, int bits, std::byte* out) {
   const float steps = static_cast<float>((1 << bits) - 1);
   Affine affine;
   bf16 stored[2] = {};  // scale, minimum; the minimum of bf16 values is one of them, so it needs no rounding
   if (low <= high) {
-    stored[0] = round_up((high - low) / steps);
+    stored[0] = round_up_to_bf16((high - low) / steps);
     stored[1] = to_bf16(low);
     affine = {to_float(stored[0]), to_float(stored[1])};
   }

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "backend/cpu/codes.h"
+#include "backend/cpu/nuq_encoder.h"
 #include "backend/residual_rows.h"
 #include "backend/rotated_residual.h"
 #include "base/check.h"
@@ -40,6 +41,9 @@ class PackedFields {
       return bases[static_cast<size_t>(head)].field(at.token, at.dim);
     }
     const std::byte* packed = part(head, keys);
+    if (layout.part.code == KvCode::nuq) {
+      return nuq_field(packed, layout, at);
+    }
     return residual_field(layout.part, code_at(packed, layout, at), group_of(packed, layout, at.group));
   }
 
@@ -53,21 +57,32 @@ class PackedFields {
               return {code_at(packed, layout, at), group_of(packed, layout, at.group)};
             }};
   }
+  static ResidualField nuq_field(const std::byte* packed, const PartLayout& layout, const CodeIndex& at) {
+    const NuqReader reader(packed, layout);
+    uint32_t slot = 0;
+    if (reader.find(at.dim, at.token, slot)) {
+      return outlier_field(slot_value(slot));
+    }
+    ResidualGroup group = group_of(packed, layout, at.group);
+    group.levels = reader.levels();
+    return residual_field(layout.part, code_at(packed, layout, at), group);
+  }
   static ResidualGroup group_of(const std::byte* packed, const PartLayout& layout, int group) {
     const std::byte* groups = packed + layout.code_bytes();
     uint16_t bits[2] = {};
     switch (layout.part.code) {
       case KvCode::plane:
       case KvCode::fp8:
-        return {base_of(packed, layout, group), 0};
+        return {base_of(packed, layout, group), 0, nullptr};
       case KvCode::int8:
         std::memcpy(bits, groups + static_cast<ptrdiff_t>(group) * 2, sizeof(bits[0]));
         break;
       case KvCode::affine:
+      case KvCode::nuq:
         std::memcpy(bits, groups + static_cast<ptrdiff_t>(group) * 4, sizeof(bits));
         break;
     }
-    return {bits[0], bits[1]};
+    return {bits[0], bits[1], nullptr};
   }
 
   const KvView& resident_;

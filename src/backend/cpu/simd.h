@@ -125,7 +125,10 @@ struct PartOps {
 struct QuantOps {
   PartOps affine;
   PartOps by_token;  // plane, fp8, int8
-  const PartOps& of(const KvPart& part) const { return part.by_token() ? by_token : affine; }
+  PartOps nuq;
+  const PartOps& of(const KvPart& part) const {
+    return part.by_token() ? by_token : part.code == KvCode::nuq ? nuq : affine;
+  }
 };
 
 PanelProduct simd_product(Isa isa);  // portable, avx2, avx512
@@ -136,6 +139,7 @@ bool amx_permitted();  // asks the kernel for tile data, once per process
 const RowOps& row_ops(Isa isa);
 const PartOps& affine_ops(Isa isa);
 const PartOps& token_code_ops(Isa isa);
+const PartOps& nuq_ops(Isa isa);
 // AVX-512; false: not for these bits.
 bool dequantize_by_table(const std::byte* source, int bits, int panels, int pairs, bf16* out, const std::byte* next);
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "backend/cuda/chunk_layout.h"
+#include "backend/cuda/nuq_encoder.cuh"
 #include "backend/cuda/page_encoder.cuh"
 #include "backend/cuda/rotation.cuh"
 
@@ -26,6 +27,7 @@ __device__ inline uint32_t int8_code(uint32_t value, float inverse_scale) {
 template <int kHeadDim>
 struct ChunkEncoder {
   SharedPage<kHeadDim>& page;
+  NuqMemory<kHeadDim>& nuq;
   int held;
   KvPart part;
   int warp = static_cast<int>(threadIdx.x) / 32;
@@ -103,6 +105,7 @@ struct ChunkEncoder {
     const int dim = 32 * warp + 16 * run.r + 8 * run.row + g;            // of V
     const uint4 values = kKeys ? page.keys[warp][token][c] : page.values[run.x][dim][c];
     const int first = kKeys ? 32 * warp + 8 * c : 32 * run.x + 8 * c;
+    const NuqPartEncoder<kHeadDim, kKeys> levels{page, nuq, held, part};
     uint32_t code[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -110,7 +113,9 @@ struct ChunkEncoder {
       const float2 affine = part.by_token() ? float2{}
                             : kKeys         ? page.key_codes[first + i]
                                             : page.value_codes[first + i];
-      code[i] = of < held ? code_of(value_of(values, i), affine, page.value_codes[of].x) : 0;
+      code[i] = of >= held                 ? 0
+                : part.code == KvCode::nuq ? levels.code(kKeys ? first + i : dim, of)
+                                           : code_of(value_of(values, i), affine, page.value_codes[of].x);
     }
     return pack_run(code, part, run);
   }
@@ -174,8 +179,9 @@ struct ChunkEncoder {
 
 // K or V of the page, by the whole block; what the part before it left in shared memory is still being read.
 template <int kHeadDim, bool kKeys>
-__device__ void encode_chunks(SharedPage<kHeadDim>& page, int held, const KvPart& part, std::byte* out) {
-  ChunkEncoder<kHeadDim> chunks{page, held, part};
+__device__ void encode_chunks(SharedPage<kHeadDim>& page, NuqMemory<kHeadDim>& nuq, int held, const KvPart& part,
+                              std::byte* out) {
+  ChunkEncoder<kHeadDim> chunks{page, nuq, held, part};
   Encoder<kHeadDim> affine{page, held};
   if (part.by_token()) {
     if (kKeys) {
@@ -186,6 +192,8 @@ __device__ void encode_chunks(SharedPage<kHeadDim>& page, int held, const KvPart
     __syncthreads();
     chunks.fit_tokens(out);
     __syncthreads();
+  } else if (part.code == KvCode::nuq) {
+    NuqPartEncoder<kHeadDim, kKeys>{page, nuq, held, part}.fit_part(out);
   } else if (kKeys) {
     affine.fit_keys(part.bits, out);
   } else {
@@ -194,12 +202,13 @@ __device__ void encode_chunks(SharedPage<kHeadDim>& page, int held, const KvPart
     affine.fit_values(part.bits, out);
     __syncthreads();
   }
-  chunks.template write<kKeys>(out + group_bytes(part, kKeys ? kHeadDim : kPageTokens));
+  chunks.template write<kKeys>(out + group_bytes(part, kHeadDim, kKeys ? kHeadDim : kPageTokens));
 }
 
 // The page in shared memory, of which every thread of the block has written its share, in `format` to out.
 template <int kHeadDim>
 __device__ void encode_page(SharedPage<kHeadDim>& page, int held, KvFormat format, std::byte* out) {
+  __shared__ NuqMemory<kHeadDim> nuq;
   Encoder<kHeadDim> encoder{page, held};
   std::byte* values = out + bytes_of(key_pieces(format.key(), kHeadDim));
   __syncthreads();
@@ -214,7 +223,7 @@ __device__ void encode_page(SharedPage<kHeadDim>& page, int held, KvFormat forma
   if (format.key_bits == 16) {
     copy_part<kHeadDim>(&page.keys[0][0][0], reinterpret_cast<uint4*>(out));
   } else if (chunked(format.key())) {
-    encode_chunks<kHeadDim, true>(page, held, format.key(), out);
+    encode_chunks<kHeadDim, true>(page, nuq, held, format.key(), out);
   } else {
     encoder.fit_keys(format.key_bits, out);
     encoder.encode_keys(format.key_bits, out + kHeadDim * 4);
@@ -224,7 +233,7 @@ __device__ void encode_page(SharedPage<kHeadDim>& page, int held, KvFormat forma
     return;
   }
   if (chunked(format.value())) {
-    encode_chunks<kHeadDim, false>(page, held, format.value(), values);
+    encode_chunks<kHeadDim, false>(page, nuq, held, format.value(), values);
     return;
   }
   encoder.measure_values();

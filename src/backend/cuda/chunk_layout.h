@@ -10,10 +10,11 @@
 
 namespace vericache::cuda {
 
-// A chunked K or V part is what its codes are read with (kv_view.h: scales and minima, or a byte or a scale per token),
-// then its codes in chunks: 32 dims of the 64 tokens, 256 bytes for each bit of a code, in planes, one for each binary
-// digit of the number of bits, the widest first. What a lane 4 g + c of a warp reads of a chunk are 8 runs of 8 codes:
-// run (r, x, row) are the k values 8c .. 8c + 7 of one row of the tensor-core tile (r, x).
+// A chunked K or V part is what its codes are read with (kv_view.h: scales and minima, with nuq's levels and slots
+// behind them, or a byte or a scale per token), then its codes in chunks: 32 dims of the 64 tokens, 256 bytes for each
+// bit of a code, in planes, one for each binary digit of the number of bits, the widest first. What a lane 4 g + c of a
+// warp reads of a chunk are 8 runs of 8 codes: run (r, x, row) are the k values 8c .. 8c + 7 of one row of the
+// tensor-core tile (r, x).
 //   K: k is the dim. r is the token group of 32, x the tile in it, and the row's token score_token(2 x + row, g).
 //   V: k is the token. r is the tile of 16 dims, x the token group, and the row's dim 8 row + g of the tile.
 //
@@ -44,10 +45,6 @@ VERICACHE_BOTH constexpr Run8 value_run(int token, int dim) {
   return {dim / 32, dim % 32 / 16, token / 32, dim % 16 / 8, 4 * (dim % 8) + token % 32 / 8};
 }
 
-// Whether a part lies in chunks; others are as packed_layout.h says.
-VERICACHE_BOTH constexpr bool chunked(const KvPart& part) {
-  return !part.exact() && (part.by_token() || part.bits == 3 || part.bits == 6);
-}
 VERICACHE_BOTH constexpr int chunk_bytes(int bits) {
   return 256 * bits;
 }
@@ -267,7 +264,7 @@ VERICACHE_BOTH inline void plain_codes(const std::byte* codes_at, int bits, int 
 // Codes of the dims dim .. dim + 7 (dim a multiple of 8) of a token of K; part: where the packed K part begins.
 VERICACHE_BOTH inline void key_codes(const std::byte* part, const KvPart& format, int head_dim, int token, int dim,
                                      uint32_t (&code)[8]) {
-  const std::byte* codes_at = part + group_bytes(format, head_dim);
+  const std::byte* codes_at = part + group_bytes(format, head_dim, head_dim);
   if (chunked(format)) {
     const Run8 run = key_run(token, dim);
     unpack_run(read_run(codes_at + run.chunk * chunk_bytes(format.bits), format, run), format, run, code);
@@ -282,7 +279,7 @@ VERICACHE_BOTH inline void key_codes(const std::byte* part, const KvPart& format
 // Codes of the tokens token .. token + 7 (token a multiple of 8) of a dim of V; part: where the packed V part begins.
 VERICACHE_BOTH inline void value_codes(const std::byte* part, const KvPart& format, int head_dim, int token, int dim,
                                        uint32_t (&code)[8]) {
-  const std::byte* codes_at = part + group_bytes(format, kPageTokens);
+  const std::byte* codes_at = part + group_bytes(format, head_dim, kPageTokens);
   if (chunked(format)) {
     const Run8 run = value_run(token, dim);
     unpack_run(read_run(codes_at + run.chunk * chunk_bytes(format.bits), format, run), format, run, code);
@@ -309,6 +306,14 @@ VERICACHE_BOTH inline AffineBits affine_of(const std::byte* part, int group, int
   memcpy(&stored[0], part + group * 2, 2);
   memcpy(&stored[1], part + (groups + group) * 2, 2);
   return {stored[0], stored[1]};
+}
+
+// Levels of a nuq part, behind its affine groups, and its slots behind them.
+VERICACHE_BOTH inline const uint8_t* levels_of(const std::byte* part, int groups) {
+  return reinterpret_cast<const uint8_t*>(part) + 4 * groups;
+}
+VERICACHE_BOTH inline const uint32_t* slots_of(const std::byte* part, int groups) {
+  return reinterpret_cast<const uint32_t*>(part + 4 * groups + kNuqLevels);
 }
 
 }  // namespace vericache::cuda

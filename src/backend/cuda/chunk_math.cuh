@@ -3,6 +3,7 @@
 #pragma once
 
 #include "backend/cuda/chunk_layout.h"
+#include "backend/cuda/level_reader.cuh"
 #include "backend/cuda/packed_math.cuh"
 
 namespace vericache::cuda {
@@ -22,16 +23,13 @@ class ChunkReader {
   static constexpr KvCode kCode = kOf;
   static constexpr bool kByToken = kCode != KvCode::affine;
 
-  __device__ ChunkReader(const std::byte* chunk, int lane) : chunk_(chunk), lane_(lane) {
-    if constexpr ((kBits & 2) != 0) {
-      read16(chunk + plane_in_chunk(kBits, 2) + lane * 16, two_);
-    }
-    if constexpr ((kBits & 1) != 0) {
-      const uint2 read = *reinterpret_cast<const uint2*>(chunk + plane_in_chunk(kBits, 1) + lane * 8);
-      one_[0] = read.x;
-      one_[1] = read.y;
-    }
-  }
+  // Codes say what they say without.
+  struct Levels {
+    __device__ explicit Levels(const uint8_t* /*at*/) {}
+  };
+
+  __device__ ChunkReader(const std::byte* chunk, int lane, const Levels& /*levels*/)
+      : chunk_(chunk), lane_(lane), narrow_(chunk, lane) {}
 
   // Tiles (r, 0) and (r, 1): pairs of rows g and g + 8.
   template <int kR>
@@ -69,8 +67,8 @@ class ChunkReader {
     constexpr int kOne = kPair + 4 * (2 * kX + kRow);  // and of 1 bit
     const uint32_t of_eight = wide[2 * kRow + kPair / 2];
     const uint32_t of_four = four[2 * kX + kRow];
-    const uint32_t of_two = two_[2 * kR + kX];
-    const uint32_t of_one = one_[kR];
+    const uint32_t of_two = narrow_.two[2 * kR + kX];
+    const uint32_t of_one = narrow_.one[kR];
     if constexpr (kCode == KvCode::affine && kBits == 3) {
       constexpr int kRun = 2 * kX + kRow;
       const uint32_t words[3] = {two_[2 * kR], two_[2 * kR + 1], of_one};
@@ -129,8 +127,7 @@ class ChunkReader {
 
   const std::byte* chunk_;
   int lane_;
-  uint32_t two_[4] = {};
-  uint32_t one_[2] = {};
+  NarrowPlanes<kBits> narrow_;
 };
 
 // Calls run with the type of reader for a chunked format.
@@ -140,6 +137,10 @@ __device__ inline void for_reader(const KvPart& part, const Run& run) {
     case KvCode::affine:
       return part.bits == 3 ? run.template operator()<ChunkReader<3, KvCode::affine>>()
                             : run.template operator()<ChunkReader<6, KvCode::affine>>();
+    case KvCode::nuq:
+      return part.bits == 2   ? run.template operator()<LevelReader<2>>()
+             : part.bits == 3 ? run.template operator()<LevelReader<3>>()
+                              : run.template operator()<LevelReader<4>>();
     case KvCode::fp8:
       return run.template operator()<ChunkReader<8, KvCode::fp8>>();
     case KvCode::int8:
@@ -158,10 +159,12 @@ __device__ inline void for_reader(const KvPart& part, const Run& run) {
   }
 }
 
-// As middle_of, of affine codes that are read as 128 + code.
-template <int kBits>
+// As middle_of, of affine codes and of levels, which are read as 128 + themselves.
+template <typename Reader>
 __device__ inline Middle chunk_middle() {
-  return kBits == 3 ? Middle{0x40804080u, 0xc304c304u} : Middle{0x42004200u, 0xc320c320u};
+  return Reader::kCode == KvCode::nuq ? Middle{0x42804280u, 0xc340c340u}
+         : Reader::kCodeBits == 3     ? Middle{0x40804080u, 0xc304c304u}
+                                      : Middle{0x42004200u, 0xc320c320u};
 }
 
 // What the tokens 32 u + 8c .. + 7 are multiplied by, as pairs of bf16; groups: of a part by token. Of planes a power

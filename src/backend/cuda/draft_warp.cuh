@@ -3,6 +3,7 @@
 #pragma once
 
 #include "backend/cuda/chunk_math.cuh"
+#include "backend/cuda/outlier_steps.cuh"
 #include "backend/cuda/page_ring.cuh"
 #include "backend/cuda/rotation.cuh"
 
@@ -20,6 +21,12 @@ class DraftWarp {
   static constexpr int kStageBytes = kHeadDim * 36 > kLeastStage ? kHeadDim * 36 : kLeastStage;
   static_assert(bytes_of(Pieces{1, plane_bytes(4, kHeadDim), kHeadDim * 4}) <= kStageBytes &&
                 bytes_of(Pieces{1, plane_bytes(4, kHeadDim), kPageTokens * 4}) <= kStageBytes);
+  // The first piece of V, what precedes it and the room of add_outliers() share a stage.
+  static constexpr int first_bytes(const Pieces& pieces) { return pieces.bytes + pieces.group_bytes; }
+  static_assert(!kChunked ||
+                (first_bytes(key_pieces(KvPart(4, KvCode::nuq, kMostOutliers), kHeadDim)) <= kStageBytes &&
+                 first_bytes(value_pieces(KvPart(4, KvCode::nuq, kMostOutliers), kHeadDim)) + kWeightBytes <=
+                     kStageBytes));
   using Ring = PageRing<4, kStageBytes>;
   static constexpr int kRowFloats = kHeadDim + 4;  // of a head in store(): lanes write to 32 banks
   static constexpr int kStoredFloats = kTileHeads * (kRowFloats + 2);
@@ -41,6 +48,7 @@ class DraftWarp {
     if (rotated) {
       rotate_queries<kHeadDim>(q_);
     }
+    own_q_ = g_ < heads ? reinterpret_cast<const uint16_t*>(q) + g_ * kHeadDim : nullptr;
   }
 
   // The next page of the ring, of which `visible` tokens count.
@@ -49,7 +57,7 @@ class DraftWarp {
     if (keys.bits == 16) {
       score_exact(ring, scores);
     } else if (kChunked && chunked(keys)) {
-      for_reader(keys, [&]<typename Reader>() { score_chunks<Reader>(ring, scores); });
+      for_reader(keys, [&]<typename Reader>() { score_chunks<Reader>(ring, keys, scores); });
     } else {
       score_packed(ring, keys.bits, scores);
     }
@@ -58,7 +66,7 @@ class DraftWarp {
     if (values.bits == 16) {
       add_exact(ring, weights);
     } else if (kChunked && chunked(values)) {
-      for_reader(values, [&]<typename Reader>() { add_chunks<Reader>(ring, weights); });
+      for_reader(values, [&]<typename Reader>() { add_chunks<Reader>(ring, values, weights); });
     } else {
       add_packed(ring, values.bits, weights);
     }
@@ -162,16 +170,24 @@ class DraftWarp {
     }
   }
 
+  // The part, of whose bits and code the compiler knows.
+  template <typename Reader>
+  __device__ static KvPart of_reader(const KvPart& part) {
+    return KvPart(Reader::kCodeBits, Reader::kCode, part.outliers);
+  }
+
   // What a token is multiplied by comes after the product: rows are tokens.
   template <typename Reader>
-  __device__ void score_chunks(Ring& ring, float (&scores)[4][4]) {
+  __device__ void score_chunks(Ring& ring, const KvPart& part, float (&scores)[4][4]) {
     const std::byte* keys = ring.wait();
+    const typename Reader::Levels levels(levels_of(keys, kHeadDim));
+    const std::byte* chunks = keys + group_bytes(of_reader<Reader>(part), kHeadDim, kHeadDim);
     if constexpr (Reader::kByToken) {
       constexpr bool kInt8 = Reader::kCode == KvCode::int8;
       uint32_t scales[2][4];  // (tokens 32 u + 8 (g / 2) .., pairs)
       token_scales<kInt8>(keys, g_ / 2 * 8, scales[0]);
       token_scales<kInt8>(keys, 32 + g_ / 2 * 8, scales[1]);
-      score_pieces<Reader>(ring, keys + (kInt8 ? 2 : 1) * kPageTokens, q_, scores);
+      score_pieces<Reader>(ring, chunks, levels, q_, scores);
       const int shift = g_ % 2 == 0 ? 16 : 0;
 #pragma unroll
       for (int block = 0; block < 8; ++block) {
@@ -183,15 +199,18 @@ class DraftWarp {
       uint32_t scaled[kGroups][4];
       float by_middle[4] = {};
       float by_affine[4] = {};
-      scale_queries<false>(keys, chunk_middle<Reader::kCodeBits>(), scaled, by_middle, by_affine);
-      score_pieces<Reader>(ring, keys + kHeadDim * 4, scaled, scores);
+      scale_queries<false>(keys, chunk_middle<Reader>(), scaled, by_middle, by_affine);
+      if constexpr (Reader::kCode == KvCode::nuq) {
+        score_outliers<kHeadDim>(keys, part, own_q_, lane_, scores);
+      }
+      score_pieces<Reader>(ring, chunks, levels, scaled, scores);
       add_to_all(by_middle, by_affine, scores);
     }
   }
 
   template <typename Reader>
-  __device__ void score_pieces(Ring& ring, const std::byte* chunks, const uint32_t (&q)[kGroups][4],
-                               float (&scores)[4][4]) {
+  __device__ void score_pieces(Ring& ring, const std::byte* chunks, const typename Reader::Levels& levels,
+                               const uint32_t (&q)[kGroups][4], float (&scores)[4][4]) {
     constexpr int kOfPiece = piece_chunks(Reader::kCodeBits, kHeadDim);
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
@@ -199,7 +218,7 @@ class DraftWarp {
         ring.release();
         chunks = ring.wait();
       }
-      const Reader reader(chunks + group % kOfPiece * chunk_bytes(Reader::kCodeBits), lane_);
+      const Reader reader(chunks + group % kOfPiece * chunk_bytes(Reader::kCodeBits), lane_, levels);
       uint32_t pairs[2][2][4];
       reader.template tiles<0>(pairs);
       step_tiles(scores[0], scores[1], pairs, q[group], q[group]);
@@ -388,8 +407,10 @@ class DraftWarp {
   }
 
   template <typename Reader>
-  __device__ void add_chunks(Ring& ring, const uint32_t (&weights)[8]) {
+  __device__ void add_chunks(Ring& ring, const KvPart& part, const uint32_t (&weights)[8]) {
     const std::byte* values = ring.wait();
+    const typename Reader::Levels levels(levels_of(values, kPageTokens));
+    const std::byte* chunks = values + group_bytes(of_reader<Reader>(part), kHeadDim, kPageTokens);
     uint32_t scaled[8];
     if constexpr (Reader::kByToken) {
       constexpr bool kInt8 = Reader::kCode == KvCode::int8;
@@ -402,9 +423,9 @@ class DraftWarp {
           scaled[4 * half + i] = multiply_pairs(weights[4 * half + i], scale[i]);
         }
       }
-      add_pieces<Reader>(ring, values + (kInt8 ? 2 : 1) * kPageTokens, scaled);
+      add_pieces<Reader>(ring, chunks, levels, scaled);
     } else {
-      const Middle middle = chunk_middle<Reader::kCodeBits>();
+      const Middle middle = chunk_middle<Reader>();
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const std::byte* affine = values + (32 * half + 8 * c_) * 2;
@@ -418,12 +439,17 @@ class DraftWarp {
         }
         correct<false>(middle, scale, minimum, scaled + 4 * half, weights + 4 * half, by_middle_, by_affine_);
       }
-      add_pieces<Reader>(ring, values + kPageTokens * 4, scaled);
+      if constexpr (Reader::kCode == KvCode::nuq) {
+        auto* room = const_cast<std::byte*>(values) + kStageBytes - kWeightBytes;  // behind what is copied here
+        add_outliers<kHeadDim>(values, part, weights, room, lane_, out_);
+      }
+      add_pieces<Reader>(ring, chunks, levels, scaled);
     }
   }
 
   template <typename Reader>
-  __device__ void add_pieces(Ring& ring, const std::byte* chunks, const uint32_t (&scaled)[8]) {
+  __device__ void add_pieces(Ring& ring, const std::byte* chunks, const typename Reader::Levels& levels,
+                             const uint32_t (&scaled)[8]) {
     constexpr int kOfPiece = piece_chunks(Reader::kCodeBits, kHeadDim);
 #pragma unroll
     for (int chunk = 0; chunk < kHeadDim / 32; ++chunk) {
@@ -431,7 +457,7 @@ class DraftWarp {
         ring.release();
         chunks = ring.wait();
       }
-      const Reader reader(chunks + chunk % kOfPiece * chunk_bytes(Reader::kCodeBits), lane_);
+      const Reader reader(chunks + chunk % kOfPiece * chunk_bytes(Reader::kCodeBits), lane_, levels);
       uint32_t pairs[2][2][4];
       reader.template tiles<0>(pairs);
       step_tiles(out_[2 * chunk], out_[2 * chunk], pairs, scaled, scaled + 4);
@@ -483,7 +509,8 @@ class DraftWarp {
   int lane_;
   int g_;
   int c_;
-  uint32_t q_[kGroups][4];  // pairs of the dims 32 i + 8 c .. + 7 of head g
+  const uint16_t* own_q_ = nullptr;  // of head g as it lies in memory, null if there is none
+  uint32_t q_[kGroups][4];           // pairs of the dims 32 i + 8 c .. + 7 of head g
   // Of the heads 2 c and 2 c + 1:
   float top_[2] = {-kInfinity, -kInfinity};
   float sum_[2] = {};  // of this lane's tokens

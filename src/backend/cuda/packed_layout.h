@@ -62,17 +62,21 @@ struct Pieces {
 VERICACHE_BOTH constexpr int plane_bytes(int bits, int head_dim) {
   return kPageTokens * head_dim / (bits == 2 ? 4 : 2);
 }
+// Whether a part lies in chunks (chunk_layout.h).
+VERICACHE_BOTH constexpr bool chunked(const KvPart& part) {
+  return !part.exact() && (part.by_token() || part.code == KvCode::nuq || part.bits == 3 || part.bits == 6);
+}
 // Chunks of 32 dims that one piece holds: two where that gives whole pieces of at most 4 KiB.
 VERICACHE_BOTH constexpr int piece_chunks(int bits, int head_dim) {
   return head_dim % 64 == 0 && bits <= 8 ? 2 : 1;
 }
 // Of a packed part that has `groups` affine groups.
 VERICACHE_BOTH constexpr Pieces packed_pieces(const KvPart& part, int head_dim, int groups) {
-  if (part.by_token() || part.bits == 3 || part.bits == 6) {
+  if (chunked(part)) {
     const int chunks = piece_chunks(part.bits, head_dim);
-    return {head_dim / 32 / chunks, chunks * 256 * part.bits, group_bytes(part, groups)};
+    return {head_dim / 32 / chunks, chunks * 256 * part.bits, group_bytes(part, head_dim, groups)};
   }
-  return {part.bits == 8 ? 2 : 1, plane_bytes(part.bits, head_dim), group_bytes(part, groups)};
+  return {part.bits == 8 ? 2 : 1, plane_bytes(part.bits, head_dim), group_bytes(part, head_dim, groups)};
 }
 VERICACHE_BOTH constexpr Pieces key_pieces(const KvPart& part, int head_dim) {
   return part.exact() ? Pieces{head_dim / 32, kPageTokens * 32 * 2, 0} : packed_pieces(part, head_dim, head_dim);

@@ -39,8 +39,8 @@ __device__ inline uint32_t round_up(float x) {
 
 // Writes scale and minimum, and returns what codes are made from. Inputs that are not finite give codes of no meaning,
 // and nothing worse: the result is only ever a draft. An empty range gives zeros.
-__device__ inline float2 fit(const Range& range, int bits, uint16_t* scale, uint16_t* minimum) {
-  const float steps = static_cast<float>((1 << bits) - 1);
+__device__ inline float2 fit(const Range& range, int whole_steps, uint16_t* scale, uint16_t* minimum) {
+  const auto steps = static_cast<float>(whole_steps);
   uint32_t stored[2] = {0, 0};
   if (range.low <= range.high) {
     stored[0] = round_up((range.high - range.low) / steps);
@@ -110,7 +110,7 @@ struct Encoder {
     const int channel = 32 * warp + 2 * pair + lane / 16;
     auto* affine = reinterpret_cast<uint16_t*>(out);
     page.key_codes[channel] =
-        fit(lane < 16 ? ranges[0] : ranges[1], bits, affine + channel, affine + kHeadDim + channel);
+        fit(lane < 16 ? ranges[0] : ranges[1], (1 << bits) - 1, affine + channel, affine + kHeadDim + channel);
     __syncwarp();
   }
 
@@ -197,7 +197,7 @@ struct Encoder {
         range.low = fminf(range.low, page.value_ranges[i][token].x);
         range.high = fmaxf(range.high, page.value_ranges[i][token].y);
       }
-      page.value_codes[token] = fit(range, bits, affine + token, affine + kPageTokens + token);
+      page.value_codes[token] = fit(range, (1 << bits) - 1, affine + token, affine + kPageTokens + token);
     }
   }
 

@@ -98,6 +98,9 @@ __device__ inline uint32_t round_to_bf16(float value) {
 __device__ inline uint32_t decode(uint32_t code, const std::byte* part, const KvPart& format, int token, int affine,
                                   int affine_groups) {
   switch (format.code) {
+    case KvCode::nuq:
+      code = levels_of(part, affine_groups)[code];
+      [[fallthrough]];
     case KvCode::affine: {
       const AffineBits group = affine_of(part, affine, affine_groups);
       return round_to_bf16(fmaf(static_cast<float>(code), first_of_pair(group.scale), first_of_pair(group.minimum)));
@@ -107,6 +110,22 @@ __device__ inline uint32_t decode(uint32_t code, const std::byte* part, const Kv
                            first_of_pair(reinterpret_cast<const uint16_t*>(part)[token]));
     default:
       return plane_value(code, format, base_of(part, token));
+  }
+}
+
+// Writes the outliers that a draft may read. All threads of the block, behind a barrier.
+template <int kHeadDim, bool kKeys>
+__device__ void patch_outliers(const std::byte* source, const KvPart& format, std::byte* out) {
+  const uint32_t* slots = slots_of(source, kKeys ? kHeadDim : kPageTokens);
+  for (int i = static_cast<int>(threadIdx.x); i < outlier_slots(format, kHeadDim); i += kHeadDim) {
+    const uint32_t place = slot_place(slots[i]);
+    const uint32_t value = slot_value(slots[i]);
+    if (place != kFreeSlot && is_finite(value)) {
+      const auto dim = static_cast<int>(place) / kPageTokens;
+      const auto token = static_cast<int>(place) % kPageTokens;
+      reinterpret_cast<uint16_t*>(out)[kKeys ? key_index(token, dim) : value_index(token, dim, kHeadDim)] =
+          static_cast<uint16_t>(value);
+    }
   }
 }
 
@@ -131,6 +150,10 @@ __device__ void dequantize_part(const std::byte* source, const KvPart& format, s
     }
     reinterpret_cast<uint4*>(out)[i] = make_uint4(values[0] | values[1] << 16, values[2] | values[3] << 16,
                                                   values[4] | values[5] << 16, values[6] | values[7] << 16);
+  }
+  if (format.code == KvCode::nuq) {
+    __syncthreads();
+    patch_outliers<kHeadDim, kKeys>(source, format, out);
   }
 }
 

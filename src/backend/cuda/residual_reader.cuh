@@ -12,11 +12,10 @@ __device__ inline uint32_t pack_field(const ResidualField& field) {
   return static_cast<uint32_t>(field.bits()) | (field.either_sign ? 1u << 8 : 0) | field.top << 16 |
          (field.negative ? 1u << 31 : 0);
 }
-// The same of affine_field(), without a branch.
-__device__ inline uint32_t pack_affine_field(uint32_t code, float scale, float minimum) {
-  const auto step = static_cast<float>(code);
-  const float low = minimum + (step - 0.5f) * scale;
-  const float high = minimum + (step + 0.5f) * scale;
+// The same of interval_field(), without a branch.
+__device__ inline uint32_t pack_interval_field(float first, float last, float scale, float minimum) {
+  const float low = minimum + first * scale;
+  const float high = minimum + last * scale;
   const uint32_t pair = residual_round(low, high);
   const uint32_t either = (pair << 16 ^ pair) >> 31;
   const uint32_t magnitude_low = pair & 0x7fffu;
@@ -27,10 +26,19 @@ __device__ inline uint32_t pack_affine_field(uint32_t code, float scale, float m
   const uint32_t packed = select_or(pair, 0x80000000u, top << 16) + bits + either * 0x101u;
   return low <= high ? packed : pack_field({});
 }
+// And of affine_field().
+__device__ inline uint32_t pack_affine_field(uint32_t code, float scale, float minimum) {
+  const auto step = static_cast<float>(code);
+  return pack_interval_field(step - 0.5f, step + 0.5f, scale, minimum);
+}
 __device__ inline uint32_t pack_residual_field(const KvPart& part, uint32_t code, const ResidualGroup& group) {
   const float scale = float_of_bits(group.first << 16);
   if (part.code == KvCode::affine) {
     return pack_affine_field(code, scale, float_of_bits(group.second << 16));
+  }
+  if (part.code == KvCode::nuq) {
+    return pack_interval_field(nuq_low(group.levels, code), nuq_high(group.levels, code, part.bits), scale,
+                               float_of_bits(group.second << 16));
   }
   return part.code == KvCode::int8
              ? pack_affine_field(static_cast<uint32_t>(int8_of(code) + 128), scale, -128.0f * scale)

@@ -42,7 +42,8 @@ __device__ inline void unpack_values(const uint4& packed, uint32_t (&values)[kLa
 // A part whose bits and code the compiler knows.
 template <int kBits, KvCode kCode = KvCode::affine>
 struct FixedPart {
-  VERICACHE_BOTH constexpr operator KvPart() const { return KvPart(kBits, kCode); }
+  int outliers = 0;
+  VERICACHE_BOTH constexpr operator KvPart() const { return KvPart(kBits, kCode, outliers); }
 };
 template <typename Format>
 constexpr bool kTabulated = false;  // few enough codes that the fields of all of them are made first
@@ -52,6 +53,8 @@ template <typename Format>
 constexpr bool kPlane = false;
 template <int kBits>
 constexpr bool kPlane<FixedPart<kBits, KvCode::plane>> = true;
+template <int kBits>
+constexpr bool kTabulated<FixedPart<kBits, KvCode::nuq>> = true;
 
 // The K (kKeys) or V part of a packed head page, and the codes of a lane's values in it: of a row of K 8 dims of one
 // token, of V 8 tokens of one dim (layout.h). Format: FixedPart, or KvPart for those that are rarely met.
@@ -73,7 +76,7 @@ struct PackedPart {
   __device__ void read_codes(const std::byte* part, int row, int lane, uint32_t (&codes)[kLaneValues]) const {
     const KvPart own = format;
     if (!chunked(own)) {
-      read_words(part + group_bytes(own, kAffineGroups), own.bits, row, lane, codes);
+      read_words(part + group_bytes(own, kHeadDim, kAffineGroups), own.bits, row, lane, codes);
     } else if constexpr (kKeys) {
       key_codes(part, own, kHeadDim, token_of(row, lane), dim_of(row, lane), codes);
     } else {
@@ -82,7 +85,7 @@ struct PackedPart {
   }
   __device__ ResidualGroup affine_group(const std::byte* part, int group) const {
     const AffineBits affine = affine_of(part, group, kAffineGroups);
-    return {affine.scale, affine.minimum};
+    return {affine.scale, affine.minimum, levels_of(part, kAffineGroups)};
   }
   // take(i, code, group) for the lane's values.
   template <typename Take>
@@ -105,7 +108,7 @@ struct PackedPart {
     }
 #pragma unroll
     for (int i = 0; i < kLaneValues; ++i) {
-      take(i, codes[i], ResidualGroup{first[i], second[i]});
+      take(i, codes[i], ResidualGroup{first[i], second[i], levels_of(part, kAffineGroups)});
     }
   }
   __device__ void read_fields(const std::byte* part, int row, int lane, ResidualField (&fields)[kLaneValues]) const {
@@ -139,7 +142,11 @@ struct PackedPart {
 template <int kHeadDim, bool kKeys, typename Run>
 __device__ inline void with_part(const KvPart& part, const Run& run) {
   const auto as = [&](auto format) { run(PackedPart<kHeadDim, kKeys, decltype(format)>{format}); };
-  if (part.code == KvCode::int8) {
+  if (part.code == KvCode::nuq) {
+    part.bits == 2   ? as(FixedPart<2, KvCode::nuq>{part.outliers})
+    : part.bits == 3 ? as(FixedPart<3, KvCode::nuq>{part.outliers})
+                     : as(FixedPart<4, KvCode::nuq>{part.outliers});
+  } else if (part.code == KvCode::int8) {
     as(FixedPart<8, KvCode::int8>());
   } else if (part.code == KvCode::fp8) {
     as(FixedPart<8, KvCode::fp8>());

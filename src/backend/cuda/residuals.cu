@@ -4,7 +4,7 @@
 
 #include "backend/cuda/head_dim.h"
 #include "backend/cuda/ops.h"
-#include "backend/cuda/residual_reader.cuh"
+#include "backend/cuda/residual_outliers.cuh"
 #include "backend/cuda/rotated_residual.cuh"
 #include "base/check.h"
 
@@ -57,6 +57,10 @@ struct DecodeMemory {
   static constexpr size_t packed_bytes(const KvFormat& format) {
     return key_bytes(format.key()) + value_bytes(format.value());
   }
+  // A map of K's outliers, then of V's.
+  static constexpr size_t map_bytes(const KvFormat& format) {
+    return static_cast<size_t>(outlier_map_bytes(format.key(), kHeadDim) + outlier_map_bytes(format.value(), kHeadDim));
+  }
   static constexpr size_t bytes(Form form, const KvFormat& format) {
     switch (form) {
       case Form::lossless:
@@ -67,7 +71,7 @@ struct DecodeMemory {
         break;
     }
     return kPackedAt + packed_bytes(format) + kTableAlignment + table_bytes(format.key(), kHeadDim) +
-           table_bytes(format.value(), kPageTokens);
+           table_bytes(format.value(), kPageTokens) + map_bytes(format);
   }
   // 8-bit keys with 4-bit values, the other way round and all others.
   static constexpr size_t kMostTables =
@@ -76,6 +80,7 @@ struct DecodeMemory {
     return kPackedAt + key_bytes(KvPart(9)) + value_bytes(KvPart(9)) +
            (form == Form::rotated ? sizeof(RotatedPart<kHeadDim>) : kMostTables);
   }
+  static_assert(bytes(Form::resident, {4, 4, KvCode::nuq, false, kMostOutliers}) <= most_bytes(Form::resident));
 };
 
 // All threads of the block; waited for by copies_wait.
@@ -119,7 +124,7 @@ __device__ inline void look_up(const uint32_t* table, int first_group, const uin
 // The rows of K or V.
 template <int kHeadDim, bool kKeys>
 __device__ void decode_part(const BlockReader& block, const KvPart& format, const std::byte* packed,
-                            const std::byte* resident, uint32_t* table, uint4* out) {
+                            const std::byte* resident, uint32_t* table, uint32_t* map, uint4* out) {
   constexpr int kRows = BlockShape<kHeadDim>::kKeyRows;  // as many of V
   constexpr int kFirst = kKeys ? 0 : kRows;
   const int warp = static_cast<int>(threadIdx.x) / 32;
@@ -133,6 +138,10 @@ __device__ void decode_part(const BlockReader& block, const KvPart& format, cons
   with_part<kHeadDim, kKeys>(format, [&](const auto& own) {
     using Format = std::decay_t<decltype(own.format)>;
     constexpr bool kTable = kTabulated<Format>;
+    constexpr bool kOutliers = kApart<Format>;
+    if constexpr (kOutliers) {
+      map_outliers<kHeadDim, kKeys, kThreads>(packed, own.format, map);
+    }
     if constexpr (kTable) {
       make_table<kKeys ? kHeadDim : kPageTokens>(own, packed, table);
       __syncthreads();
@@ -171,7 +180,14 @@ __device__ void decode_part(const BlockReader& block, const KvPart& format, cons
           fields[i] = pack_residual_field(own.format, code, group);
         });
       }
+      if constexpr (kOutliers) {
+        close_fields(outliers_of(map, row, lane), fields);
+      }
       out[block_row * 32 + lane] = read_coded(block, begin, halves, fields);
+    }
+    if constexpr (kOutliers) {
+      __syncthreads();
+      write_outliers<kHeadDim, kKeys, kThreads>(block, packed, own.format, reinterpret_cast<uint16_t*>(out));
     }
   });
 }
@@ -226,9 +242,11 @@ __global__ void __launch_bounds__(kThreads, kForm == Form::rotated ? 3 : 4) deco
     const auto behind = reinterpret_cast<uintptr_t>(packed_values + Memory::value_bytes(format.value()));
     auto* const table = reinterpret_cast<uint32_t*>((behind + Memory::kTableAlignment - 1) / Memory::kTableAlignment *
                                                     Memory::kTableAlignment);
-    decode_part<kHeadDim, true>(block, format.key(), packed_keys, keys, table, out);
-    decode_part<kHeadDim, false>(block, format.value(), packed_values, values,
-                                 table + Memory::table_bytes(format.key(), kHeadDim) / sizeof(uint32_t), out);
+    uint32_t* const value_table = table + Memory::table_bytes(format.key(), kHeadDim) / sizeof(uint32_t);
+    uint32_t* const key_map = value_table + Memory::table_bytes(format.value(), kPageTokens) / sizeof(uint32_t);
+    uint32_t* const value_map = key_map + outlier_map_bytes(format.key(), kHeadDim) / sizeof(uint32_t);
+    decode_part<kHeadDim, true>(block, format.key(), packed_keys, keys, table, key_map, out);
+    decode_part<kHeadDim, false>(block, format.value(), packed_values, values, value_table, value_map, out);
   }
 }
 
@@ -290,7 +308,8 @@ __device__ bool coded_alone(const EncodeCall& call, int row) {
 
 // A row of the block's head page. Values, and how they are to be written.
 template <int kHeadDim, Form kForm>
-__device__ uint32_t make_row(const EncodeCall& call, int row, uint32_t (&values)[kLaneValues], LaneRow& made) {
+__device__ uint32_t make_row(const EncodeCall& call, const OutlierMaps<kHeadDim>& maps, int row,
+                             uint32_t (&values)[kLaneValues], LaneRow& made) {
   const int page = static_cast<int>(blockIdx.x);
   const int head = static_cast<int>(blockIdx.y);
   const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -317,19 +336,31 @@ __device__ uint32_t make_row(const EncodeCall& call, int row, uint32_t (&values)
       const auto read = [&](const auto& own) { own.read_fields(part, part_row, lane, fields); };
       keys ? with_part<kHeadDim, true>(format, read) : with_part<kHeadDim, false>(format, read);
     }
+    if (kForm == Form::resident && format.code == KvCode::nuq) {
+      close_fields(maps, keys ? 0 : 1, part_row, values, fields);
+    }
     code_row(values, fields, made);
   }
   return 0;
 }
 
-// Halves of every row into shared memory. The block's units.
+// Halves of every row, and maps, into shared memory. The block's units.
 template <int kHeadDim, Form kForm>
-__device__ uint32_t measure_block(const EncodeCall& call, uint32_t* row_halves) {
+__device__ uint32_t measure_block(const EncodeCall& call, OutlierMaps<kHeadDim>& maps, uint32_t* row_halves) {
   constexpr int kRows = BlockShape<kHeadDim>::kRows;
+  if constexpr (kForm == Form::resident) {
+    const int page = static_cast<int>(blockIdx.x);
+    const int head = static_cast<int>(blockIdx.y);
+    const std::byte* source = call.pages[page] + static_cast<size_t>(head) * BlockShape<kHeadDim>::kHeadPageBytes;
+    const auto part = [&](bool keys) { return resident_part(call.resident, head, call.first + page, keys, kHeadDim); };
+    const KvFormat format = call.resident.format;
+    map_part<kHeadDim, true, kThreads>(format.key(), part(true), source, maps);
+    map_part<kHeadDim, false, kThreads>(format.value(), part(false), source, maps);
+  }
   for (int row = static_cast<int>(threadIdx.x) / 32; row < kRows; row += kWarps) {
     uint32_t values[kLaneValues];
     LaneRow made;
-    make_row<kHeadDim, kForm>(call, row, values, made);
+    make_row<kHeadDim, kForm>(call, maps, row, values, made);
     if (threadIdx.x % 32 == 0) {
       row_halves[row] = static_cast<uint32_t>(made.halves);
     }
@@ -346,8 +377,9 @@ __device__ uint32_t measure_block(const EncodeCall& call, uint32_t* row_halves) 
 template <int kHeadDim, Form kForm>
 __global__ void __launch_bounds__(kThreads) measure_kernel(EncodeCall call) {
   __shared__ uint32_t row_halves[BlockShape<kHeadDim>::kRows];
+  __shared__ OutlierMaps<kHeadDim> maps;
   make_bases<kHeadDim, kForm>(call);
-  const uint32_t units = measure_block<kHeadDim, kForm>(call, row_halves);
+  const uint32_t units = measure_block<kHeadDim, kForm>(call, maps, row_halves);
   if (threadIdx.x == 0) {
     call.sizes[blockIdx.x * gridDim.y + blockIdx.y] = units;
   }
@@ -387,10 +419,11 @@ __global__ void __launch_bounds__(kThreads) encode_kernel(EncodeCall call) {
   constexpr int kRows = BlockShape<kHeadDim>::kRows;
   __shared__ uint32_t row_halves[kRows];
   __shared__ uint32_t row_words[kWarps][kRowValues / 2];
+  __shared__ OutlierMaps<kHeadDim> maps;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   uint32_t* words = row_words[threadIdx.x / 32];
   make_bases<kHeadDim, kForm>(call);
-  const uint32_t units = measure_block<kHeadDim, kForm>(call, row_halves);
+  const uint32_t units = measure_block<kHeadDim, kForm>(call, maps, row_halves);
   auto* out = reinterpret_cast<uint16_t*>(call.out + place_block(call) * kResidualUnit);
   for (int row = static_cast<int>(threadIdx.x) / 32; row < kRows; row += kWarps) {
     uint32_t begin = kRows;
@@ -404,7 +437,7 @@ __global__ void __launch_bounds__(kThreads) encode_kernel(EncodeCall call) {
     __syncwarp();
     uint32_t values[kLaneValues];
     LaneRow made;
-    const uint32_t base = make_row<kHeadDim, kForm>(call, row, values, made);
+    const uint32_t base = make_row<kHeadDim, kForm>(call, maps, row, values, made);
     if (halves > 0) {
       put_row(made, values, coded_alone<kHeadDim, kForm>(call, row), base, lane, words);
     }

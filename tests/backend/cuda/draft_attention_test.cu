@@ -275,6 +275,23 @@ TEST(CudaDraftAttention, FormatsByTokenAgainstFloat64) {
   }
 }
 
+TEST(CudaDraftAttention, NonUniformFormatsAgainstFloat64) {
+  Random random(75);
+  const int groups[] = {1, 2, 4, 7, 12};
+  int turn = 0;
+  for (const int head_dim : {32, 64, 96, 128}) {
+    for (const KvFormat& format : kNuq) {
+      const int group = groups[turn++ % 5];
+      SCOPED_TRACE(testing::Message() << head_dim << " dims, " << format.key_bits << " and " << format.value_bits
+                                      << " bits, outliers " << format.outliers << ", group " << group);
+      check_batch({1, random.between(1, 3), head_dim}, format, group, random.between(1, 3), random);
+      if (HasFatalFailure()) {
+        return;
+      }
+    }
+  }
+}
+
 TEST(CudaDraftAttention, RotatedFormatsAgainstFloat64) {
   Random random(74);
   for (const int head_dim : {32, 64, 96, 128}) {

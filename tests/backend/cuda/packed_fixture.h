@@ -12,6 +12,7 @@
 #include "backend/cuda/ops.h"
 #include "backend/cuda/packed_layout.h"
 #include "backend/kv_fixture.h"
+#include "backend/nuq_codes.h"
 
 namespace vericache::test {
 
@@ -63,8 +64,26 @@ inline double affine_value(const std::byte* part, int bits, int planes_at, int c
   std::memcpy(&minimum, part + planes_at / 2 + affine * 2, sizeof(minimum));
   return double{to_float(minimum)} + static_cast<double>(code) * double{to_float(scale)};
 }
+// The value of the outlier that stands in a packed part, if one does there. groups: of the part.
+inline bool find_outlier(const std::byte* part, const KvPart& format, int head_dim, int groups, int token, int dim,
+                         uint32_t& value) {
+  const auto* slots = reinterpret_cast<const std::byte*>(cuda::slots_of(part, groups));
+  for (int i = 0; format.code == KvCode::nuq && i < outlier_slots(format, head_dim); ++i) {
+    const uint32_t slot = cuda::word_at(slots + 4 * i);
+    if (slot_place(slot) == outlier_place(dim, token)) {
+      value = slot_value(slot);
+      return true;
+    }
+  }
+  return false;
+}
 // The value of a code, unrounded but for planes and fp8, whose codes are bits; `group` of `groups`.
 inline double decoded(uint32_t code, const std::byte* part, const KvPart& format, int token, int group, int groups) {
+  if (format.code == KvCode::nuq) {
+    const cuda::AffineBits affine = cuda::affine_of(part, group, groups);
+    return double{float_of_bits(affine.minimum << 16)} +
+           cuda::levels_of(part, groups)[code] * double{float_of_bits(affine.scale << 16)};
+  }
   if (format.code == KvCode::affine) {
     const cuda::AffineBits affine = cuda::affine_of(part, group, groups);
     return double{float_of_bits(affine.minimum << 16)} +
@@ -88,6 +107,10 @@ inline double key_of(const std::byte* page, const KvFormat& format, int head_dim
     return affine_value(page, part.bits, head_dim * 4, cuda::plane_bytes(part.bits, head_dim), dim,
                         cuda::key_place(token, dim, part.bits == 2 ? 2 : 4));
   }
+  uint32_t outlier = 0;
+  if (find_outlier(page, part, head_dim, head_dim, token, dim, outlier)) {
+    return double{float_of_bits(outlier << 16)};
+  }
   uint32_t code[8];
   cuda::key_codes(page, part, head_dim, token, dim / 8 * 8, code);
   return decoded(code[dim % 8], page, part, token, dim, head_dim);
@@ -104,6 +127,10 @@ inline double value_of(const std::byte* page, const KvFormat& format, int head_d
     return affine_value(at, part.bits, kPageTokens * 4, cuda::plane_bytes(part.bits, head_dim), token,
                         cuda::value_place(token, dim, part.bits == 2 ? 2 : 4));
   }
+  uint32_t outlier = 0;
+  if (find_outlier(at, part, head_dim, kPageTokens, token, dim, outlier)) {
+    return double{float_of_bits(outlier << 16)};
+  }
   uint32_t code[8];
   cuda::value_codes(at, part, head_dim, token / 8 * 8, dim, code);
   return decoded(code[token % 8], at, part, token, token, kPageTokens);
@@ -113,6 +140,11 @@ inline double value_of(const std::byte* page, const KvFormat& format, int head_d
 constexpr KvFormat kByToken[] = {{6, 6, KvCode::plane}, {7, 7, KvCode::plane},  {8, 8, KvCode::plane},
                                  {9, 9, KvCode::plane}, {16, 8, KvCode::plane}, {6, 9, KvCode::plane},
                                  {8, 8, KvCode::fp8},   {8, 8, KvCode::int8}};
+// Non-uniform codes, with few and many outliers and none.
+constexpr KvFormat kNuq[] = {{2, 2, KvCode::nuq, false, 10},  {3, 3, KvCode::nuq, false, 10},
+                             {4, 4, KvCode::nuq, false, 10},  {4, 4, KvCode::nuq, false, 30},
+                             {3, 2, KvCode::nuq, false, 0},   {16, 4, KvCode::nuq, false, 1},
+                             {2, 16, KvCode::nuq, false, 30}, {4, 3, KvCode::nuq, false, 17}};
 // Affine codes of rotated keys and values.
 constexpr KvFormat kRotated[] = {{4, 4, KvCode::affine, true},
                                  {3, 3, KvCode::affine, true},

@@ -140,6 +140,25 @@ TEST(CudaQuantize, ValuesByTokenAreThoseOfTheCpu) {
   }
 }
 
+// The stored values at once: outliers, levels and codes are the CPU's.
+TEST(CudaQuantize, NonUniformValuesAreThoseOfTheCpu) {
+  Random random(68);
+  for (const int head_dim : {32, 64, 96, 128}) {
+    const KvShape shape{1, 1, head_dim};
+    Oracle oracle(shape);
+    for (const KvFormat& format : kNuq) {
+      SCOPED_TRACE(testing::Message() << head_dim << " dims, " << format.key_bits << " and " << format.value_bits
+                                      << " bits, outliers " << format.outliers);
+      check_head_page(shape, format, kPageTokens, oracle, random);
+      check_head_page(shape, format, random.between(1, kPageTokens - 1), oracle, random);
+      check_head_page(shape, format, 1, oracle, random);
+      if (HasFatalFailure()) {
+        return;
+      }
+    }
+  }
+}
+
 TEST(CudaQuantize, ValuesAreThoseOfTheCpu) {
   Random random(60);
   for (const int head_dim : {32, 64, 96, 128}) {
@@ -213,7 +232,7 @@ TEST(CudaQuantize, PagesOfPastAndTail) {
   Random random(61);
   const int pages = 7;
   for (const KvFormat format : {KvFormat{4, 4}, KvFormat{2, 8}, KvFormat{8, 16}, KvFormat{16, 2}, KvFormat{3, 6},
-                                KvFormat{8, 8, KvCode::plane}}) {
+                                KvFormat{8, 8, KvCode::plane}, KvFormat{3, 4, KvCode::nuq, false, 10}}) {
     const KvShape shape{1, 3, 64};
     const Full full(shape, pages, random.below(pages + 1), random);
     Oracle oracle(shape);
@@ -285,8 +304,9 @@ void check_gather(const KvShape& shape, const KvFormat& format, int count, bool 
 TEST(CudaQuantize, GatherKeepsTheChosen) {
   Random random(62);
   for (const int head_dim : {32, 64, 96, 128}) {
-    for (const KvFormat format : {KvFormat{}, KvFormat{4, 4}, KvFormat{2, 2}, KvFormat{8, 8}, KvFormat{16, 4},
-                                  KvFormat{6, 3}, KvFormat{7, 9, KvCode::plane}, KvFormat{8, 8, KvCode::int8}}) {
+    for (const KvFormat format :
+         {KvFormat{}, KvFormat{4, 4}, KvFormat{2, 2}, KvFormat{8, 8}, KvFormat{16, 4}, KvFormat{6, 3},
+          KvFormat{7, 9, KvCode::plane}, KvFormat{8, 8, KvCode::int8}, KvFormat{4, 2, KvCode::nuq, false, 10}}) {
       for (const int count : {0, 64, random.between(1, 63), random.between(65, 6 * kPageTokens)}) {
         SCOPED_TRACE(testing::Message() << head_dim << " dims, " << format.key_bits << " and " << format.value_bits
                                         << " bits, " << count << " tokens");
@@ -303,15 +323,16 @@ TEST(CudaQuantize, ValuesThatAreNotFiniteDoNoHarm) {
   Random random(63);
   const KvShape shape{1, 1, 64};
   HostPage page(shape.head_dim);
-  for (const int bits : {2, 4, 8}) {
+  for (const KvFormat& format : {KvFormat{2, 2}, KvFormat{4, 4}, KvFormat{8, 8}, KvFormat{2, 4, KvCode::nuq, false, 10},
+                                 KvFormat{3, 3, KvCode::nuq, false, 0}}) {
     for (size_t i = 0; i < page.bytes().size() / 2; ++i) {
       keys_of(page.bytes().data())[i] = bf16{static_cast<uint16_t>(random.below(65536))};
     }
     const DeviceArray<std::byte> source(page.bytes());
-    const DeviceArray<std::byte> packed(head_page_bytes({bits, bits}, shape));
+    const DeviceArray<std::byte> packed(head_page_bytes(format, shape));
     const DeviceArray<std::byte> back(page.bytes().size());
-    cuda::quantize_head_page(source.data(), kPageTokens, shape, {bits, bits}, packed.data(), nullptr);
-    cuda::dequantize_head_page(packed.data(), shape, {bits, bits}, back.data(), nullptr);
+    cuda::quantize_head_page(source.data(), kPageTokens, shape, format, packed.data(), nullptr);
+    cuda::dequantize_head_page(packed.data(), shape, format, back.data(), nullptr);
     finish();
   }
 }

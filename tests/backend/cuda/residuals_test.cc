@@ -28,9 +28,16 @@ RotatedBase::Code code_of(const std::byte* head_page, const KvFormat& format, in
     uint16_t scale;
     std::memcpy(&scale, part + static_cast<ptrdiff_t>(token) * 2, sizeof(scale));
     group = {scale, 0};
-  } else if (own.code == KvCode::affine) {
-    const cuda::AffineBits affine = cuda::affine_of(part, keys ? dim : token, keys ? head_dim : kPageTokens);
-    group = {affine.scale, affine.minimum};
+  } else if (!own.by_token()) {
+    const int groups = keys ? head_dim : kPageTokens;
+    const cuda::AffineBits affine = cuda::affine_of(part, keys ? dim : token, groups);
+    group = {affine.scale, affine.minimum, cuda::levels_of(part, groups)};
+    for (int slot = 0; own.code == KvCode::nuq && slot < outlier_slots(own, head_dim); ++slot) {
+      const uint32_t read = cuda::word_at(part + 4 * groups + kNuqLevels + 4 * slot);
+      if (slot_place(read) == outlier_place(dim, token)) {
+        return outlier_field(slot_value(read));
+      }
+    }
   }
   return {codes[keys ? dim % 8 : token % 8], group};
 }
@@ -103,11 +110,29 @@ TEST(ResidualsOnGpu, AreThoseOfThePlainCoder) {
   Random random(81);
   for (const int head_dim : {32, 64, 96, 128}) {
     const KvShape shape{.layers = 1, .kv_heads = head_dim == 32 ? 5 : 2, .head_dim = head_dim};
-    for (const KvFormat& format :
-         {format_of(2, 2), format_of(4, 4), format_of(8, 8), format_of(16, 4), format_of(8, 16), format_of(3, 6),
-          rotated_of(2, 2), rotated_of(3, 3), rotated_of(4, 4), rotated_of(6, 6), rotated_of(8, 8), rotated_of(3, 8),
-          rotated_of(16, 2), rotated_of(4, 16), KvFormat{8, 8, KvCode::plane}, KvFormat{6, 9, KvCode::plane},
-          KvFormat{7, 16, KvCode::plane}, KvFormat{8, 8, KvCode::fp8}, KvFormat{8, 8, KvCode::int8}}) {
+    for (const KvFormat& format : {format_of(2, 2),
+                                   format_of(4, 4),
+                                   format_of(8, 8),
+                                   format_of(16, 4),
+                                   format_of(8, 16),
+                                   format_of(3, 6),
+                                   rotated_of(2, 2),
+                                   rotated_of(3, 3),
+                                   rotated_of(4, 4),
+                                   rotated_of(6, 6),
+                                   rotated_of(8, 8),
+                                   rotated_of(3, 8),
+                                   rotated_of(16, 2),
+                                   rotated_of(4, 16),
+                                   KvFormat{8, 8, KvCode::plane},
+                                   KvFormat{6, 9, KvCode::plane},
+                                   KvFormat{7, 16, KvCode::plane},
+                                   KvFormat{8, 8, KvCode::fp8},
+                                   KvFormat{8, 8, KvCode::int8},
+                                   KvFormat{4, 4, KvCode::nuq, false, 10},
+                                   KvFormat{3, 2, KvCode::nuq, false, 30},
+                                   KvFormat{2, 16, KvCode::nuq, false, 0},
+                                   KvFormat{16, 3, KvCode::nuq, false, 10}}) {
       ResidualPages pages(shape, format, 3);
       for (const Filling filling : {Filling::normal, Filling::keyed, Filling::sparse, Filling::specials}) {
         pages.fill(filling, random);
