@@ -385,7 +385,7 @@ TEST(Compressor, ResidentBytesBoundWhatIsTaken) {
         "streaming-llm:sinks=3,window=70+kivi:bits=8", "snapkv:budget=0.3", "snapkv:budget=130,window=8+kivi:k=16,v=2",
         "pyramidkv:budget=0.4", "h2o:budget=0.2", "tova:budget=100", "knorm:budget=0.7", "keydiff:budget=0+kivi:bits=2",
         "expected:budget=0.3,window=8", "adakv:alpha=0.9(snapkv:budget=0.3)", "adakv(h2o:budget=90)+kivi:bits=4",
-        "none;layers=0:knorm:budget=0.5"}) {
+        "kvzip:budget=0.3", "adakv(kvzip:budget=0.2)+kivi:bits=4", "none;layers=0:knorm:budget=0.5"}) {
     const auto compressor = full.compressor(spec);
     Notes notes = full.lend_notes(*compressor);
     Resident resident(compressor->format());

@@ -119,6 +119,7 @@ TEST(CacheTrial, DraftsAreThoseOfAnEngine) {
                                           "expected:budget=0.3",
                                           "knorm:budget=0.5",
                                           "keydiff:budget=0.5",
+                                          "kvzip:budget=0.3",
                                           "snapkv;layers=0-1:none"};
   int refused = 0;
   for (const uint64_t seed : {20u, 21u, 22u}) {
