@@ -115,8 +115,7 @@ class Contender {
       request.sampling.seed += i;
       submit_recorded(*engine_.engine, std::move(request), sample.transcripts[i]);
     }
-    const auto reading = [](const Transcript& t) { return t.tokens.empty() && !t.finish; };
-    while (std::any_of(sample.transcripts.begin(), sample.transcripts.end(), reading) && engine_->step()) {
+    while (engine_->reading() && engine_->step()) {
     }
     engine_->hold_decoding(false);
     const double decoding = now_seconds();

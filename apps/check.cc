@@ -24,19 +24,13 @@ struct CheckFlags {
   CheckFlags() { engine.options.max_sequences = 4; }
 
   EngineFlags engine;
-  std::vector<std::string> compressors = {"none",
-                                          "streaming-llm",
-                                          "snapkv",
-                                          "pyramidkv",
-                                          "h2o",
-                                          "tova",
-                                          "knorm",
-                                          "keydiff",
-                                          "expected",
-                                          "adakv(snapkv)",
-                                          "snapkv;layers=0-1:none",
-                                          "kivi:bits=4",
-                                          "snapkv:budget=0.2+kivi:bits=4"};
+  std::vector<std::string> compressors = {"none",          "streaming-llm",
+                                          "snapkv",        "pyramidkv",
+                                          "h2o",           "tova",
+                                          "knorm",         "keydiff",
+                                          "expected",      "kvzip",
+                                          "adakv(snapkv)", "snapkv;layers=0-1:none",
+                                          "kivi:bits=4",   "snapkv:budget=0.2+kivi:bits=4"};
   std::vector<std::string> horizons = {"1", "4", "16", "64"};
   std::vector<float> temperatures = {0.0f, 0.7f, 1.0f};
   std::vector<int> contexts = {200, 2000};
@@ -218,6 +212,7 @@ std::string json_report(const Outcome& outcome, const CheckFlags& flags) {
                      {"accepted_per_round", per_round(s)},
                      {"corrupt_blocks", cell.stats.corrupt_blocks},
                      {"recomputed_tokens", cell.stats.recomputed_tokens},
+                     {"replayed_tokens", cell.stats.replayed_tokens},
                      {"wire_in_bytes", cell.stats.wire_in_bytes},
                      {"wire_out_bytes", cell.stats.wire_out_bytes},
                      {"full_on_device", cell.stats.full_on_device}});

@@ -138,6 +138,10 @@ void print_summary(const Report& report) {
     fmt::print(stderr, "damage       {} blocks came back corrupt; {} tokens recomputed\n", g.stats.corrupt_blocks,
                g.stats.recomputed_tokens);
   }
+  if (g.stats.replayed_tokens > 0) {
+    fmt::print(stderr, "replay       {} rows behind the prompt, for what the compressor keeps\n",
+               g.stats.replayed_tokens);
+  }
   fmt::print(stderr, "memory       peak {}, weights + pools {}\n", bytes_text(static_cast<double>(report.peak_memory)),
              bytes_text(planned));
   if (report.full) {
@@ -167,6 +171,7 @@ std::string json_report(const Report& report) {
       {"residual_bytes", report.residual_bytes},
       {"corrupt_blocks", g.stats.corrupt_blocks},
       {"recomputed_tokens", g.stats.recomputed_tokens},
+      {"replayed_tokens", g.stats.replayed_tokens},
       {"memory", memory_json(g.stats)},
       {"peak_memory_bytes", report.peak_memory},
   };

@@ -47,19 +47,21 @@ const Tokenizer& ModelSession::tokenizer() {
 }
 
 void ModelSession::load(int max_rows, int max_sequences, int max_context, ProgressLine& progress) {
+  // Compressors that replay a context let rows stand behind it.
+  const int positions = std::max(max_context, std::min(config_.max_position, max_context + max_rows));
   kernels_ = make_kernels({.device = device_kind_,
                            .isa = isa_,
                            .threads = threads_,
                            .shape = kv_shape(),
                            .heads = config_.heads,
                            .max_rows = max_rows,
-                           .max_context_tokens = max_context,
+                           .max_context_tokens = positions,
                            .max_sequences = max_sequences});
   device_ = make_device(device_kind_, kUnlimited);
   const Checkpoint checkpoint(directory_);
   const auto show = [&](size_t done, size_t total) { progress.show("loading", done, total); };
-  weights_ = widened_ ? load_widened(checkpoint, trained_, config_, *kernels_, *device_, max_context, show)
-                      : load_weights(checkpoint, config_, *kernels_, *device_, max_context, show);
+  weights_ = widened_ ? load_widened(checkpoint, trained_, config_, *kernels_, *device_, positions, show)
+                      : load_weights(checkpoint, config_, *kernels_, *device_, positions, show);
   const LayerWeights& layer = weights_.layers.front();
   kernels_->tune(std::array{layer.qkv, layer.output, layer.gate_up, layer.down, weights_.head});
   progress.clear();

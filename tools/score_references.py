@@ -14,6 +14,7 @@ import sys
 import numpy as np
 
 TOKENS, HEADS, KV_HEADS, DIM = 256, 4, 2, 32
+REPEATED, REPEATED_CHUNKS = 192, [(0, 96), (96, 97), (97, 192)]
 GROUP = HEADS // KV_HEADS
 THETA = 10000.0
 SCALE = DIM**-0.5
@@ -93,6 +94,23 @@ def snapkv(layer, window, kernel):  # Li et al. 2024, section 4
     return scores
 
 
+def kvzip(layer):  # Kim et al. 2025, section 3.2
+    """Three chunks of rows behind the context, each seeing it whole and its own rows up to itself."""
+    scores = np.zeros((KV_HEADS, TOKENS))
+    repeated_keys, repeated_queries = uniform(4, KV_HEADS, REPEATED, DIM), uniform(5, REPEATED, HEADS, DIM)
+    for first, end in REPEATED_CHUNKS:
+        rows = end - first
+        for head in range(HEADS):
+            kv_head = head // GROUP
+            keys = np.concatenate([layer.keys[kv_head], repeated_keys[kv_head, first:end]])
+            logits = repeated_queries[first:end, head] @ keys.T * SCALE
+            logits[:, TOKENS:][np.arange(rows)[None, :] > np.arange(rows)[:, None]] = -np.inf
+            weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+            weights /= weights.sum(axis=1, keepdims=True)
+            scores[kv_head] = np.maximum(scores[kv_head], weights[:, :TOKENS].max(axis=0))
+    return scores
+
+
 def expected(layer, window, future, sinks):  # Devoto et al. 2025, section 3
     ahead = np.mean([rotation(TOKENS + i) for i in range(future)], axis=0)
     scores = np.zeros((KV_HEADS, TOKENS))
@@ -159,6 +177,7 @@ def main():
         "tova:budget=0.3": tova(layer),
         "h2o:budget=0.3": h2o(layer, kept // 2),
         "snapkv:budget=0.3,window=16,kernel=5": snapkv(layer, 16, 5),
+        "kvzip:budget=0.3": kvzip(layer),
         "expected:budget=0.3,window=48,future=100,sinks=4": expected(layer, 48, 100, 4),
     }
     cases = [

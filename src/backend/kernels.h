@@ -49,6 +49,7 @@ struct SequenceRows {
   TokenId* tokens = nullptr;  // the sequence's tokens by position; host memory that the device reaches
   LayerKv kv{};
   QueryRing queries{};  // capacity 0: nobody wants them
+  int token_lag = 0;    // a row at position p feeds the token of position p - token_lag
 };
 
 // A row of the pass whose logits choose a token, and where the choice goes: host memory that the device reaches.
@@ -108,7 +109,9 @@ struct AttentionArgs {
   float* log_sum_exp = nullptr;  // (rows, heads) or null: log of the softmax denominator of the scaled scores
 };
 
-// Attention mass per token, summed over the ring's last query rows and over the query heads that share a KV head.
+// Attention mass per token: over the ring's last query rows and the query heads that share a KV head, the sum of the
+// weights, or the largest of them.
+enum class MassOf { sum, largest };
 struct MassArgs {
   KvShape shape{};
   int heads = 0;
@@ -118,9 +121,10 @@ struct MassArgs {
   int position = 0;       // of the first of them
   LayerKv kv{};           // full KV: past, then tail
   int tokens = 0;         // of the sequence: [0, tokens)
-  float* mass = nullptr;  // (kv_heads, stride): [0, added) are added to, [added, tokens) written
+  float* mass = nullptr;  // (kv_heads, stride): [0, added) are joined with what is there, [added, tokens) written
   int stride = 0;         // at least tokens
   int added = 0;
+  MassOf of = MassOf::sum;
 };
 
 // How much a token's key tells, per KV head.

@@ -22,6 +22,7 @@ class AdaKv final : public ScoringCompressor {
   std::string name() const override;
   int query_window() const override { return scorer_->query_window(); }
   bool observes() const override { return scorer_->observes(); }
+  bool reconstructs() const override { return scorer_->reconstructs(); }
   size_t notes_bytes(int max_tokens, const KvShape& shape) const override {
     return scorer_->notes_bytes(max_tokens, shape);
   }
@@ -35,6 +36,9 @@ class AdaKv final : public ScoringCompressor {
   int layer_pages(int tokens, int layer, const KvShape& shape) const override;
   void observe(Kernels& kernels, const FullLayer& full, const Attended& seen) override {
     scorer_->observe(kernels, full, seen);
+  }
+  void reconstruct(Kernels& kernels, const FullLayer& full, int tokens, const Attended& seen) override {
+    scorer_->reconstruct(kernels, full, tokens, seen);
   }
   void score(Kernels& kernels, const FullLayer& full, int tokens, const Attended& seen, float* scores) override {
     scorer_->score(kernels, full, tokens, seen, scores);

@@ -31,6 +31,7 @@ struct Notes {
   std::byte* device = nullptr;  // Compressor::notes_bytes of device memory
   int max_tokens = 0;           // that it was asked for
   int observed = 0;             // tokens that observe() has seen as keys
+  int reconstructed = 0;        // tokens that reconstruct() has weighed, before this call
   // Compressor::report_values of host memory that the device reaches, zero at first: what an op wrote in one call, the
   // host may read in the next; until then nothing of the sequence is under way.
   int* report = nullptr;
@@ -82,6 +83,11 @@ class Compressor {
     return 0;
   }
 
+  // Whether the context is replayed once its prompt is read, before compress() sees it for the first time: its own
+  // tokens are fed again, chunk by chunk, in rows that stand behind it, see it whole and leave no KV. That costs about
+  // a second prefill. A context that leaves no positions to stand at is not replayed.
+  virtual bool reconstructs() const { return false; }
+
   // Device memory that compress() works in, for contexts of up to max_tokens; one block for all sequences and layers.
   virtual size_t scratch_bytes(int max_tokens, const KvShape& shape) const {
     (void)max_tokens;
@@ -120,6 +126,14 @@ class Compressor {
   virtual void observe(Kernels& kernels, const FullLayer& full, const Attended& seen) {
     (void)kernels;
     (void)full;
+    (void)seen;
+  }
+  // A chunk of the replay: `seen` has the queries of its rows, whose softmax runs over all of `full` up to each of
+  // them; tokens [0, tokens) of it are the context, the same for every chunk. Enqueued on the lane.
+  virtual void reconstruct(Kernels& kernels, const FullLayer& full, int tokens, const Attended& seen) {
+    (void)kernels;
+    (void)full;
+    (void)tokens;
     (void)seen;
   }
   // Makes `out` stand for tokens [0, fresh.end) of `full`; it stands for [0, fresh.begin) now. Enqueued on the lane.

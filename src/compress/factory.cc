@@ -12,6 +12,7 @@
 #include "compress/h2o.h"
 #include "compress/keydiff.h"
 #include "compress/knorm.h"
+#include "compress/kvzip.h"
 #include "compress/paged.h"
 #include "compress/per_layer.h"
 #include "compress/pyramidkv.h"
@@ -26,7 +27,7 @@ constexpr std::string_view kHelp =
     "none | kivi[:bits=2|3|4|6|8 or k=..,v=..] | quarot[:bits=2|3|4|6|8 or k=..,v=..] | plane[:bits=6|7|8|9 or "
     "k=..,v=..] | fp8 | int8 | kvquant[:bits=2|3|4 or k=..,v=..,outliers=0.01] | streaming-llm[:sinks=4,window=1024] | "
     "snapkv[:budget=0.2,window=32,kernel=7] | pyramidkv[:budget=0.2,window=8,kernel=7,beta=20] | "
-    "h2o[:budget=0.2] | tova[:budget=0.2] | knorm[:budget=0.2] | keydiff[:budget=0.2] | "
+    "h2o[:budget=0.2] | tova[:budget=0.2] | knorm[:budget=0.2] | keydiff[:budget=0.2] | kvzip[:budget=0.2] | "
     "expected[:budget=0.2,window=128,future=512,sinks=4] | "
     "quest[:budget=0.2,dense=2] | "
     "adakv[:alpha=0.2](METHOD), where METHOD scores tokens: all but streaming-llm and quest of those with a budget; "
@@ -174,6 +175,8 @@ std::unique_ptr<ScoringCompressor> make_scorer(Spec& spec, const KvFormat& kept)
     made = std::make_unique<KNorm>(read_budget(spec), kept);
   } else if (spec.name() == "keydiff") {
     made = std::make_unique<KeyDiff>(read_budget(spec), kept);
+  } else if (spec.name() == "kvzip") {
+    made = std::make_unique<KvZip>(read_budget(spec), kept);
   } else if (spec.name() == "expected") {
     ExpectedAttentionOptions options;
     options.budget = read_budget(spec);

@@ -51,6 +51,9 @@ bool PerLayer::chooses_anew() const {
 bool PerLayer::observes() const {
   return most([](const Compressor& one) { return one.observes(); });
 }
+bool PerLayer::reconstructs() const {
+  return most([](const Compressor& one) { return one.reconstructs(); });
+}
 size_t PerLayer::notes_bytes(int max_tokens, const KvShape& shape) const {
   return most([&](const Compressor& one) { return one.notes_bytes(max_tokens, shape); });
 }
@@ -75,6 +78,10 @@ void PerLayer::observe(Kernels& kernels, const FullLayer& full, const Attended& 
   if (Compressor& one = of(full.layer); one.observes()) {
     one.observe(kernels, full, seen);
   }
+}
+
+void PerLayer::reconstruct(Kernels& kernels, const FullLayer& full, int tokens, const Attended& seen) {
+  of(full.layer).reconstruct(kernels, full, tokens, seen);
 }
 
 bool PerLayer::compress(Kernels& kernels, const FullLayer& full, TokenRange fresh, const Attended& seen,

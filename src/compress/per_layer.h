@@ -26,6 +26,7 @@ class PerLayer final : public Compressor {
   bool chooses_anew() const override;
   bool chooses_anew_in(int layer) const override { return of(layer).chooses_anew(); }
   bool observes() const override;
+  bool reconstructs() const override;
   size_t notes_bytes(int max_tokens, const KvShape& shape) const override;
   int report_values(const KvShape& shape) const override;
   size_t scratch_bytes(int max_tokens, const KvShape& shape) const override;
@@ -38,6 +39,7 @@ class PerLayer final : public Compressor {
     return of(layer).layer_pages(tokens, layer, shape);
   }
   void observe(Kernels& kernels, const FullLayer& full, const Attended& seen) override;
+  void reconstruct(Kernels& kernels, const FullLayer& full, int tokens, const Attended& seen) override;
   bool compress(Kernels& kernels, const FullLayer& full, TokenRange fresh, const Attended& seen,
                 ResidentLayer& out) override;
 

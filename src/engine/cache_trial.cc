@@ -41,7 +41,9 @@ CacheTrial::CacheTrial(const Transformer& model, Device& device, std::vector<std
       shape_(model.kv_shape()),
       pass_lane_(model.kernels().lane(Kernels::Place::pass)),
       draft_lane_(model.kernels().lane(Kernels::Place::draft)) {
-  const int pages = pages_for(limits.max_tokens);
+  const bool replayed =
+      std::any_of(compressors.begin(), compressors.end(), [](const auto& one) { return one->reconstructs(); });
+  const int pages = pages_for(limits.max_tokens + (replayed ? limits.pass_rows : 0));
   const bool mirrored = !device.addressable();
   const int choices = std::max(limits.pass_rows, limits.batch);
   size_t report_values = 0;
@@ -122,11 +124,12 @@ TokenId CacheTrial::read(std::span<const TokenId> prompt, const Sampling& sampli
   sampling_ = sampling;
   std::copy(prompt.begin(), prompt.end(), board_);
   tail_->clear();
-  check(tail_->grow(limits_.max_tokens), "a trial's tail holds its whole context");
+  check(tail_->grow(tail_pool_->count() * kPageTokens), "a trial's tail holds its whole context");
   for (const std::unique_ptr<Cache>& cache : caches_) {
     cache->resident->clear();
     cache->folded = 0;
     cache->notes.observed = 0;
+    cache->notes.reconstructed = 0;
     std::fill_n(cache->notes.report, cache->report_values * shape_.layers, 0);
   }
   for (int position = 0; position < prompt_tokens_; position += limits_.pass_rows) {
@@ -139,7 +142,9 @@ TokenId CacheTrial::read(std::span<const TokenId> prompt, const Sampling& sampli
     }
   }
   pass_lane_.wait(pass_lane_.mark());
-  return chosen_[0];
+  const TokenId first = chosen_[0];
+  replay();
+  return first;
 }
 
 // One pass as an engine runs it: the full KV is tail from its beginning. The last `choices` rows choose.
@@ -183,7 +188,7 @@ void CacheTrial::run_exact(int position, int rows, int choices, bool reading) {
                         layer);
     }
     for (size_t i = 0; reading && i < caches_.size(); ++i) {
-      compress(*caches_[i], layer, position + rows, choices > 0);
+      compress(*caches_[i], layer, position + rows, choices > 0 && !replays(*caches_[i]));
     }
   }
   if (choices > 0) {
@@ -214,17 +219,78 @@ Attended CacheTrial::attended(const Cache& cache, const QueryRing& queries, int 
 }
 
 // As a full pass does behind each layer: methods that choose among all tokens do so once, at the prompt's end.
-void CacheTrial::compress(Cache& cache, int layer, int end, bool last) {
+void CacheTrial::compress(Cache& cache, int layer, int end, bool choose) {
   Compressor& compressor = *cache.compressor;
   const int first = std::max(end - compressor.query_window(), 0);
   Attended seen = attended(cache, compressor.query_window() > 0 ? queries(layer) : QueryRing{}, first, end, layer);
   seen.notes.observed = end;
   const TokenRange fresh{cache.folded, end / kPageTokens * kPageTokens};
-  const bool due = compressor.chooses_anew_in(layer) ? last && fresh.end > 0 : fresh.end > fresh.begin;
+  const bool due = compressor.chooses_anew_in(layer) ? choose && fresh.end > 0 : fresh.end > fresh.begin;
   if (due) {
     check(compressor.compress(pass_lane_, {shape_, full_view(layer), layer}, fresh, seen, cache.resident->layer(layer)),
           "a trial has the resident pages of its context");
   }
+}
+
+bool CacheTrial::replays(const Cache& cache) const {
+  return cache.compressor->reconstructs() && prompt_tokens_ >= kPageTokens &&
+         model_.weights().rope.positions - prompt_tokens_ >= kLeastReplayRoom;
+}
+
+// As an engine does once it has decided a token.
+void CacheTrial::replay() {
+  if (std::none_of(caches_.begin(), caches_.end(), [&](const auto& cache) { return replays(*cache); })) {
+    return;
+  }
+  for (int replayed = 0; replayed < prompt_tokens_;) {
+    const int room = model_.weights().rope.positions - prompt_tokens_;
+    const ReplayChunk chunk = replay_chunk(replayed, prompt_tokens_,
+                                           std::min(limits_.pass_rows, replay_rows(replayed, prompt_tokens_, room)));
+    run_replay(chunk);
+    replayed = chunk.end;
+  }
+}
+
+void CacheTrial::run_replay(const ReplayChunk& chunk) {
+  rows_.clear();
+  choices_.clear();
+  for (int layer = 0; layer < shape_.layers; ++layer) {
+    rows_.push_back({.first_row = 0,
+                     .rows = chunk.rows(),
+                     .position = prompt_tokens_,
+                     .tokens = board_,
+                     .kv = full_view(layer),
+                     .queries = {},
+                     .token_lag = prompt_tokens_ - chunk.first});
+  }
+  const PassRows pass{.buffers = exact_activations_.hidden,
+                      .rows = chunk.rows(),
+                      .layers = shape_.layers,
+                      .draft = false,
+                      .sequences = rows_,
+                      .logit_rows = choices_};
+  Kernels& lane = pass_lane_;
+  lane.stage(pass);
+  model_.embed(pass, exact_activations_);
+  const QueryRing fed{exact_activations_.q, exact_activations_.log_sum_exp, chunk.rows(), prompt_tokens_};
+  for (int layer = 0; layer < shape_.layers; ++layer) {
+    model_.layer(layer, pass, exact_activations_);
+    for (const std::unique_ptr<Cache>& cache : caches_) {
+      if (replays(*cache)) {
+        const int weighed = cache->notes.reconstructed;
+        cache->compressor->reconstruct(lane, {shape_, full_view(layer), layer}, prompt_tokens_,
+                                       attended(*cache, fed, prompt_tokens_, prompt_tokens_ + chunk.rows(), layer));
+        cache->notes.reconstructed = prompt_tokens_;
+        compress(*cache, layer, prompt_tokens_, chunk.end == prompt_tokens_);
+        cache->notes.reconstructed = weighed;
+      }
+    }
+  }
+  for (const std::unique_ptr<Cache>& cache : caches_) {
+    cache->notes.reconstructed = replays(*cache) ? prompt_tokens_ : 0;
+    cache->resident->settle(lane);
+  }
+  lane.wait(lane.mark());
 }
 
 // One row for each token, all of them over the same compressed cache: each attends to what stands before it.

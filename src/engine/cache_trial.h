@@ -10,6 +10,7 @@
 #include "backend/device.h"
 #include "compress/compressor.h"
 #include "engine/pass_cost.h"
+#include "engine/replay.h"
 #include "kv/page_pool.h"
 #include "kv/tail.h"
 #include "model/transformer.h"
@@ -70,7 +71,10 @@ class CacheTrial {
   void run_drafts(Cache& cache, int position, int rows);
   double run(PassRows pass, Activations& activations);
   Attended attended(const Cache& cache, const QueryRing& queries, int first, int end, int layer) const;
-  void compress(Cache& cache, int layer, int end, bool last);
+  void compress(Cache& cache, int layer, int end, bool choose);
+  bool replays(const Cache& cache) const;
+  void replay();
+  void run_replay(const ReplayChunk& chunk);
   void extend(Cache& cache, int end);
   LayerKv full_view(int layer) const { return {{}, tail_->view(layer, 0), 0}; }
   QueryRing queries(int layer) const;

@@ -185,17 +185,35 @@ void Engine::State::admit(SeqId id) {
     std::fill_n(s.notes.report, plan.report_values * shape.layers, 0);  // its last owner's stood there
   }
   s.tail_changed = draft_lane.mark();
+  plan_replay(s);
   update_load(s);
+}
+
+// Whether its context is replayed once its tokens are read and one more is decided: not if nothing will be dropped or
+// drafted, nor if no positions are left behind it.
+void Engine::State::plan_replay(Sequence& s) const {
+  if (s.replayed > 0) {
+    return;  // it was
+  }
+  const int length = static_cast<int>(s.tokens.size());
+  const bool worth = compressor != nullptr && compressor->reconstructs() && plan.most_drafts > 0 &&
+                     s.useful_drafts() > 1 && s.prompt_tokens >= kPageTokens;
+  const bool room = model.weights().rope.positions - length >= kLeastReplayRoom;
+  s.replay_tokens = worth && room ? s.prompt_tokens : 0;
 }
 
 void Engine::State::update_load(const Sequence& s) {
   // What ends only waits for its pages to be out.
-  scheduler->update(s.id, {.backlog = s.finish || s.cancelled ? 0 : s.backlog(),
+  const bool ends = s.finish || s.cancelled;
+  const bool replays = !ends && s.backlog() == 1 && s.replays();
+  const int room = model.weights().rope.positions - s.verified;
+  scheduler->update(s.id, {.backlog = ends ? 0 : s.backlog(),
                            .drafted = s.drafted,
                            .horizon = s.horizon.tokens(),
                            .reach = s.horizon.reach(),
                            .most_drafts = std::min(plan.most_drafts, s.useful_drafts()),
                            .past_pages = s.full ? s.full->stored() : 0,
+                           .replay = replays ? replay_rows(s.replayed, s.replay_tokens, room) : 0,
                            .chance = s.horizon.least_chance() > 0 ? s.chance : 1,
                            .least_chance = s.horizon.least_chance()});
 }
@@ -302,6 +320,13 @@ SeqId Engine::submit(Request request) {
 }
 bool Engine::step() {
   return state_->step();
+}
+
+bool Engine::reading() const {
+  return std::any_of(state_->sequences.begin(), state_->sequences.end(), [](const auto& entry) {
+    const Sequence& s = *entry.second;
+    return !s.finish && !s.cancelled && (s.decided() == 0 || s.backlog() > 1 || s.replays());
+  });
 }
 
 void Engine::hold_decoding(bool held) {

@@ -56,8 +56,9 @@ struct SequenceStats {
 
 // Totals since construction; bytes are those of this moment unless named peak.
 struct EngineStats {
-  SequenceStats speculation;  // of finished sequences
-  int64_t prompt_tokens = 0;  // KV computed in prefill
+  SequenceStats speculation;    // of finished sequences
+  int64_t prompt_tokens = 0;    // KV computed in prefill
+  int64_t replayed_tokens = 0;  // rows fed to replay contexts, their leads included; their KV was thrown away
   int64_t decided_tokens = 0;
   int64_t draft_steps = 0;
   int64_t full_passes = 0;
@@ -103,7 +104,8 @@ class Engine {
   // For measurements: while held, sequences wait once their prompt is read and one token decided. Not to be stepped
   // when all of them wait.
   void hold_decoding(bool held);
-  bool step();  // does one unit of work; false when no sequence is left
+  bool reading() const;  // a prompt is to be read or replayed, or waits for it
+  bool step();           // does one unit of work; false when no sequence is left
   void run() {
     while (step()) {
     }

@@ -23,6 +23,8 @@ FullPass::FullPass(const Transformer& model, Compressor* compressor, Wire* wire,
     // Rows of decided tokens are verified KV as soon as they are computed: whole pages of them can be folded in this
     // pass.
     member.fold_end = (member.position + member.backlog_rows) / kPageTokens * kPageTokens;
+    member.chooses =
+        member.decides ? !sequence.replays() : member.replay.rows() > 0 && member.replay.end == sequence.replay_tokens;
     member.first_staged = staged;
     if (wire != nullptr) {
       const bool joined = sequence.full->code() == ResidualCode::resident;
@@ -103,12 +105,14 @@ void FullPass::place_rows() {
   for (int layer = 0; layer < model_.config().layers; ++layer) {
     for (size_t i = 0; i < members_.size(); ++i) {
       const FullPassMember& member = members_[i];
+      const bool replays = member.replay.rows() > 0;
       sequence_rows_.push_back({.first_row = member.first_row,
                                 .rows = member.rows(),
                                 .position = member.position,
                                 .tokens = member.sequence->board,
                                 .kv = full_view(member, i, layer),
-                                .queries = queries(*member.sequence, layer)});
+                                .queries = replays ? QueryRing{} : queries(*member.sequence, layer),
+                                .token_lag = replays ? member.position - member.replay.first : 0});
     }
   }
 }
@@ -147,7 +151,9 @@ void FullPass::run_layer(Activations& activations) {
   if (compressor_ != nullptr) {
     for (size_t i = 0; i < members_.size(); ++i) {
       members_[i].corrupt = members_[i].corrupt || (fetch_ != nullptr && fetch_->corrupt(i));
-      if (compressor_->observes() && !members_[i].corrupt) {
+      if (members_[i].replay.rows() > 0 && !members_[i].corrupt) {
+        reconstruct(members_[i], pass_.layer(layer)[i], layer, activations);
+      } else if (compressor_->observes() && !members_[i].corrupt) {
         observe(members_[i], pass_.layer(layer)[i], layer, activations);
       }
     }
@@ -181,6 +187,21 @@ Attended FullPass::attended(const Sequence& sequence, const QueryRing& queries, 
           .notes = notes};
 }
 
+// The queries of a member's rows as the pass has them.
+QueryRing FullPass::fed_queries(const FullPassMember& member, const Activations& activations) const {
+  const size_t heads = static_cast<size_t>(model_.config().heads);
+  const size_t first = static_cast<size_t>(member.first_row) * heads;
+  return {activations.q + first * static_cast<size_t>(model_.kv_shape().key_dim()), activations.log_sum_exp + first,
+          member.rows(), member.position};
+}
+
+void FullPass::reconstruct(const FullPassMember& member, const SequenceRows& rows, int layer,
+                           const Activations& activations) {
+  const int end = member.position + member.rows();
+  compressor_->reconstruct(*activations.lane, {model_.kv_shape(), rows.kv, layer}, member.sequence->replay_tokens,
+                           attended(*member.sequence, fed_queries(member, activations), member.position, end, layer));
+}
+
 // Queries of decided tokens: accepted drafts of earlier passes, which stand in the rings until this pass's rows do, and
 // then the backlog. Which of this pass's drafts stand is not known yet.
 void FullPass::observe(const FullPassMember& member, const SequenceRows& rows, int layer,
@@ -194,10 +215,7 @@ void FullPass::observe(const FullPassMember& member, const SequenceRows& rows, i
                          attended(sequence, rows.queries, accepted_from, member.position, layer));
     observed = member.position;
   }
-  const size_t heads = static_cast<size_t>(model_.config().heads);
-  const size_t first = static_cast<size_t>(member.first_row) * heads;
-  const QueryRing fed{activations.q + first * static_cast<size_t>(full.shape.key_dim()),
-                      activations.log_sum_exp + first, member.backlog_rows, member.position};
+  const QueryRing fed = fed_queries(member, activations);
   Attended seen = attended(sequence, fed, member.position, member.position + member.backlog_rows, layer);
   seen.notes.observed = observed;
   compressor_->observe(*activations.lane, full, seen);
@@ -205,13 +223,17 @@ void FullPass::observe(const FullPassMember& member, const SequenceRows& rows, i
 
 void FullPass::compress(const FullPassMember& member, const SequenceRows& rows, int layer, Kernels& lane) {
   Sequence& sequence = *member.sequence;
-  // The rings hold consecutive positions, up to this pass's last row.
-  const int end = member.position + member.rows();
-  const int first = std::min(end, std::max(end - rows.queries.capacity, sequence.queries_from));
-  Attended seen = attended(sequence, rows.queries, first, end, layer);
+  // The rings hold consecutive positions, up to this pass's last row; those of a replay are not among them.
+  const QueryRing ring = queries(sequence, layer);
+  const int end = member.position + member.rows() - member.replay.rows();
+  const int first = std::min(end, std::max(end - ring.capacity, sequence.queries_from));
+  Attended seen = attended(sequence, ring, first, end, layer);
   seen.notes.observed = member.position + member.backlog_rows;
+  if (member.replay.rows() > 0) {
+    seen.notes.reconstructed = sequence.replay_tokens;
+  }
   const TokenRange fresh{sequence.folded, member.fold_end};
-  const bool due = compressor_->chooses_anew_in(layer) ? member.decides && fresh.end > 0 : fresh.end > fresh.begin;
+  const bool due = compressor_->chooses_anew_in(layer) ? member.chooses && fresh.end > 0 : fresh.end > fresh.begin;
   if (due) {
     check(
         compressor_->compress(lane, {model_.kv_shape(), rows.kv, layer}, fresh, seen, sequence.resident->layer(layer)),

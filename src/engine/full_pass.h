@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "compress/compressor.h"
+#include "engine/replay.h"
 #include "engine/scheduler.h"
 #include "engine/sequence.h"
 #include "kv/wire.h"
@@ -24,12 +25,16 @@ struct FullPassMember {
   // The last of them is fed too, and a token beyond it decided. Else its sequence drafts on meanwhile: the pass and the
   // drafts never write the same slots of the tail.
   bool bonus = true;
+  // Of a member that replays its context: tokens [replay.first, replay.end) in rows from `position` on, whose KV is
+  // forgotten. It has no other rows.
+  ReplayChunk replay{};
+  bool chooses = false;  // compressors that choose among all tokens do so in this pass
   int first_row = 0;
   int past_pages = 0;  // full KV outside the tail, as the plan counted it: the wire may have stored more since
   int first_staged = 0;
   int fold_end = 0;      // where its resident part will end after the pass
   bool corrupt = false;  // what the wire brought failed its checksum: nothing of this member is used
-  int rows() const { return backlog_rows + drafts - (bonus ? 0 : 1); }
+  int rows() const { return backlog_rows + drafts - (bonus ? 0 : 1) + replay.rows(); }
   // The rows whose logits decide: the last decided token and the drafts that are fed.
   int deciding_row() const { return first_row + backlog_rows - 1; }
   int deciding_rows() const { return decides ? drafts + (bonus ? 1 : 0) : 0; }
@@ -81,7 +86,9 @@ class FullPass {
   LayerKv full_view(const FullPassMember& member, size_t index, int layer) const;
   QueryRing queries(const Sequence& sequence, int layer) const;
   Attended attended(const Sequence& sequence, const QueryRing& queries, int first, int end, int layer) const;
+  QueryRing fed_queries(const FullPassMember& member, const Activations& activations) const;
   void observe(const FullPassMember& member, const SequenceRows& rows, int layer, const Activations& activations);
+  void reconstruct(const FullPassMember& member, const SequenceRows& rows, int layer, const Activations& activations);
   void compress(const FullPassMember& member, const SequenceRows& rows, int layer, Kernels& lane);
 
   const Transformer& model_;

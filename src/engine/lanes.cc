@@ -112,7 +112,7 @@ bool Engine::State::wire_bound() const {
   int horizon = 0;
   int decoding = 0;
   for (const auto& [id, s] : sequences) {
-    if (s->full && s->backlog() == 1) {
+    if (s->full && s->backlog() == 1 && !s->replays()) {
       pages += s->full->stored();
       horizon += s->horizon.tokens();
       ++decoding;
@@ -145,11 +145,13 @@ void Engine::State::open_pass(std::span<const PassMember> members) {
       continue;
     }
     check(grow_tail(s, s.verified + member.rows), "the tail's pool holds what is free in it");
-    accepted.push_back({.sequence = &s,
-                        .decides = member.decides,
-                        .backlog_rows = member.rows,
-                        .most_drafts = member.most_drafts,
-                        .past_pages = member.past_pages});
+    accepted.push_back(
+        {.sequence = &s,
+         .decides = member.decides,
+         .backlog_rows = member.replays ? 0 : member.rows,
+         .most_drafts = member.most_drafts,
+         .replay = member.replays ? replay_chunk(s.replayed, s.replay_tokens, member.rows) : ReplayChunk{},
+         .past_pages = member.past_pages});
   }
   if (!accepted.empty()) {
     passes.push_back(std::make_unique<FullPass>(model, compressor.get(), wire.get(), std::move(accepted)));

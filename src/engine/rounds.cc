@@ -18,7 +18,7 @@ void Engine::State::finish_pass(FullPass& pass) {
   bool verifies = false;
   for (const FullPassMember& member : pass.members()) {
     deciders += member.decides ? 1 : 0;
-    prefill_rows += member.backlog_rows - (member.decides ? 1 : 0);
+    prefill_rows += member.backlog_rows - (member.decides ? 1 : 0) + member.replay.rows();
     verifies = verifies || member.drafts > 0;
   }
   const size_t crossed = pass.fetch() != nullptr ? pass.fetch()->bytes() : 0;
@@ -59,11 +59,13 @@ void Engine::State::finish_pass(FullPass& pass) {
       s.verified += member.backlog_rows;
       stats.prompt_tokens += member.backlog_rows;
       decided.clear();
+      finish_replay(member);
     }
     first_decided += member.deciding_rows();
     if (!member.corrupt) {
       // Rows that were refused have overwritten older ones in the rings; those after them will be written anew.
-      const int oldest = member.position + member.rows() - (compressor != nullptr ? compressor->query_window() : 0);
+      const int fed = member.rows() - member.replay.rows();
+      const int oldest = member.position + fed - (compressor != nullptr ? compressor->query_window() : 0);
       s.notes.observed = member.position + member.backlog_rows;
       s.queries_from = std::min(std::max(s.queries_from, oldest), s.verified);
       fold(member);
@@ -74,6 +76,19 @@ void Engine::State::finish_pass(FullPass& pass) {
     scheduler->pass_done(s.id);
     update_load(s);
   }
+}
+
+// What its rows looked at is noted; their KV goes.
+void Engine::State::finish_replay(const FullPassMember& member) {
+  Sequence& s = *member.sequence;
+  if (member.replay.rows() == 0) {
+    return;
+  }
+  stats.replayed_tokens += member.replay.rows();
+  s.replayed = member.replay.end;
+  s.notes.reconstructed = s.replay_tokens;
+  s.tail->release_after(s.verified);
+  s.tail_changed = draft_lane.mark();
 }
 
 // Compares what a sequence drafted with what the verified logits choose; the drafts after a disagreement go.
@@ -166,6 +181,7 @@ void Engine::State::restart(Sequence& s) {
     s.resident->settle(draft_lane);
   }
   s.tail_changed = draft_lane.mark();
+  plan_replay(s);
   if (s.restarts > kMostRestarts) {
     s.finish = FinishReason::failed;
   }

@@ -5,6 +5,14 @@
 #include "base/check.h"
 
 namespace vericache {
+namespace {
+
+// Rows that read a prompt or replay it: whoever has any does not decode yet.
+int rows_to_read(const Load& load) {
+  return load.backlog > 1 ? load.backlog : load.replay;
+}
+
+}  // namespace
 
 void Scheduler::enqueue(SeqId id, const Needs& needs) {
   check(needs.resident_pages <= limits_.resident_pages && needs.host_extents <= limits_.host_extents,
@@ -34,7 +42,7 @@ void Scheduler::pass_done(SeqId id) {
 }
 
 bool Scheduler::ready(const Load& load) {
-  return load.backlog == 1 &&
+  return load.backlog == 1 && load.replay == 0 &&
          (load.chance < load.least_chance || load.drafted >= load.reach || load.drafted >= load.most_drafts);
 }
 
@@ -45,7 +53,7 @@ StepPlan Scheduler::next(const Usage& usage) {
     open_pass(usage, plan);
   }
   for (const auto& [id, sequence] : running_) {
-    if (limits_.drafting && !decoding_held_ && sequence.load.backlog == 1 &&
+    if (limits_.drafting && !decoding_held_ && sequence.load.backlog == 1 && sequence.load.replay == 0 &&
         sequence.load.drafted < draft_limit(sequence, usage)) {
       plan.draft.push_back(id);
     }
@@ -90,10 +98,11 @@ void Scheduler::open_pass(const Usage& usage, StepPlan& plan) {
   int least_missing = INT32_MAX;  // drafts until the first of the others is ready
   bool any_ready = false;
   for (auto& [id, sequence] : running_) {
-    if (sequence.in_pass || sequence.load.backlog == 0 || (decoding_held_ && sequence.load.backlog == 1)) {
+    const bool reads = rows_to_read(sequence.load) > 0;
+    if (sequence.in_pass || sequence.load.backlog == 0 || (decoding_held_ && !reads)) {
       continue;
     }
-    if (sequence.load.backlog > 1) {
+    if (reads) {
       prefilling.emplace_back(id, &sequence);
       continue;
     }
@@ -133,7 +142,7 @@ void Scheduler::open_pass(const Usage& usage, StepPlan& plan) {
     return ready(other.second->load) && other.second->turn < prefilling.front().second->turn;
   });
   const int held_rows =
-      held ? std::min(prefilling.front().second->load.backlog, std::max(1, limits_.pass_rows / 4)) : 0;
+      held ? std::min(rows_to_read(prefilling.front().second->load), std::max(1, limits_.pass_rows / 4)) : 0;
   const int held_staging = held ? prefilling.front().second->load.past_pages : 0;
   rows_left -= held_rows;
   logit_rows_left -= held ? 1 : 0;
@@ -153,10 +162,11 @@ void Scheduler::open_pass(const Usage& usage, StepPlan& plan) {
   logit_rows_left += held ? 1 : 0;
   staging_left += held_staging;
   for (auto& [id, sequence] : prefilling) {
-    const int rows = std::min(sequence->load.backlog, rows_left);
-    const bool decides = rows == sequence->load.backlog;
+    const int rows = std::min(rows_to_read(sequence->load), rows_left);
+    const bool replays = sequence->load.backlog == 1;
+    const bool decides = !replays && rows == sequence->load.backlog;
     if (rows > 0) {
-      take(id, *sequence, rows, decides ? 1 : 0, {.rows = rows, .decides = decides});
+      take(id, *sequence, rows, decides ? 1 : 0, {.rows = rows, .decides = decides, .replays = replays});
     }
   }
 }

@@ -32,12 +32,15 @@ struct Needs {
 
 // Where a running sequence stands. The engine tells it after every change.
 struct Load {
-  int backlog = 0;          // decided tokens without verified KV; the last row of them decides. 1 = decoding
-  int drafted = 0;          // drafted tokens that no verification has judged
-  int horizon = 0;          // drafts after which it is expected to be ready for verification
-  int reach = 0;            // drafts that make it ready
-  int most_drafts = 0;      // no more drafts than this are of use (end of output or context)
-  int past_pages = 0;       // full-KV pages that a pass must have staged for it
+  int backlog = 0;      // decided tokens without verified KV; the last row of them decides. 1 = decoding
+  int drafted = 0;      // drafted tokens that no verification has judged
+  int horizon = 0;      // drafts after which it is expected to be ready for verification
+  int reach = 0;        // drafts that make it ready
+  int most_drafts = 0;  // no more drafts than this are of use (end of output or context)
+  int past_pages = 0;   // full-KV pages that a pass must have staged for it
+  // Rows that it may feed to replay its context (Compressor::reconstructs): until they are 0 it does not draft. Told
+  // only when backlog = 1.
+  int replay = 0;
   double chance = 1;        // that all it has drafted stands
   double least_chance = 0;  // below this it is ready, too; 0: drafts are counted, not weighed
 };
@@ -48,6 +51,7 @@ struct PassMember {
   bool decides = false;  // its backlog ends in this pass
   int most_drafts = 0;   // drafts that there is room for in the pass
   int past_pages = 0;    // full-KV pages that there is room for in staging; more may be stored by the time it opens
+  bool replays = false;  // its rows replay its context instead
   friend bool operator==(const PassMember&, const PassMember&) = default;
 };
 

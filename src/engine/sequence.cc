@@ -16,6 +16,11 @@ void Sequence::restart() {
   storing = 0;
   queries_from = 0;
   notes.observed = 0;
+  if (replays()) {
+    // What came back broken may have been weighed. Scores of a replay that is over stay: the KV comes back the same.
+    replayed = 0;
+    notes.reconstructed = 0;
+  }
   ++restarts;
 }
 

@@ -38,6 +38,8 @@ struct Sequence {
   float* margins = nullptr;     // of drafts, by position, beside it
   int verified = 0;             // tokens whose full KV is computed
   int folded = 0;               // tokens that the resident part stands for
+  int replay_tokens = 0;        // of its context, to be replayed before it drafts; 0 = none
+  int replayed = 0;             // of them
   int storing = 0;              // pages handed to the wire for the host tier
   bool in_pass = false;
   int pass_end = 0;  // behind the last row of the pass that computes it now; 0 = none does
@@ -61,6 +63,7 @@ struct Sequence {
 
   int decided() const { return static_cast<int>(tokens.size()) - prompt_tokens; }
   int backlog() const { return static_cast<int>(tokens.size()) - verified; }
+  bool replays() const { return replayed < replay_tokens; }
   // Drafts beyond this many could not be of use: the token after them is the last.
   int useful_drafts() const { return max_tokens - decided() - 1; }
 

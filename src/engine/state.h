@@ -43,6 +43,7 @@ struct Engine::State {
   void wait(uint64_t seen);  // nothing can be enqueued
 
   void admit(SeqId id);
+  void plan_replay(Sequence& sequence) const;
   void open_pass(std::span<const PassMember> members);
   void start_pass(FullPass& pass);
   bool worth_drafting_on(const FullPass& pass) const;
@@ -54,6 +55,7 @@ struct Engine::State {
   void release_tail(Sequence& sequence);
   bool may_grow(const Sequence& sequence, int end) const;
   void finish_pass(FullPass& pass);
+  void finish_replay(const FullPassMember& member);
   void judge(const FullPassMember& member, int first_decided);
   void weigh(Sequence& sequence, int from) const;  // its drafts from that one on
   bool decide(Sequence& sequence, TokenId token, uint64_t logits_hash);

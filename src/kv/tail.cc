@@ -49,6 +49,19 @@ void Tail::release_before(int position) {
   fill_table();
 }
 
+void Tail::release_after(int end) {
+  check(end >= position_, "a tail ends behind its position");
+  const auto kept = static_cast<size_t>((end - position_ + kPageTokens - 1) / kPageTokens);
+  if (kept >= sets_.size()) {
+    return;
+  }
+  for (size_t i = kept; i < sets_.size(); ++i) {
+    pool_.give(sets_[i]);
+  }
+  sets_.resize(kept);
+  fill_table();
+}
+
 void Tail::clear() {
   for (std::byte* set : sets_) {
     pool_.give(set);

@@ -34,6 +34,8 @@ class Tail {
   bool grow(int end);
   // Gives back the sets before `position` (a multiple of 64).
   void release_before(int position);
+  // Gives back the sets that hold nothing before `end`.
+  void release_after(int end);
   void clear();  // empty again, at position 0
 
   // The page set of tokens [64 page, 64 page + 64): it stays where it is until it is given back.

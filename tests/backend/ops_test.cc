@@ -68,12 +68,13 @@ TEST_P(Ops, EmbedReadsRowsOfThePackedMatrix) {
     tokens.push_back(i < 101 ? i : random.below(vocabulary));
   }
   std::vector<float> out(at(300, dim));
-  // Two sequences: tokens [0, 120) from position 0 on, the rest from position 57 on.
+  // Two sequences: tokens [0, 120) from position 0 on, the rest from position 57 on, in rows that stand 9 behind it.
   std::vector<TokenId> first(tokens.begin(), tokens.begin() + 120);
   std::vector<TokenId> second(57, -1);
   second.insert(second.end(), tokens.begin() + 120, tokens.end());
-  const SequenceRows sequences[] = {{.first_row = 120, .rows = 180, .position = 57, .tokens = second.data()},
-                                    {.first_row = 0, .rows = 120, .position = 0, .tokens = first.data()}};
+  const SequenceRows sequences[] = {
+      {.first_row = 120, .rows = 180, .position = 66, .tokens = second.data(), .token_lag = 9},
+      {.first_row = 0, .rows = 120, .position = 0, .tokens = first.data()}};
   const PassRows pass = one_layer(sequences);
   kernels->stage(pass);
   kernels->embed(packed.matrix, pass, out.data());

@@ -2,6 +2,10 @@
 // and tail.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
 #include "backend/kv_fixture.h"
 #include "backend/token_scores_reference.h"
 
@@ -167,6 +171,75 @@ TEST_P(TokenScores, MassOfPiecesIsTheMassOfAll) {
         ASSERT_NEAR(have, want, 1e-5f * want + 1e-7f);
       } else {
         ASSERT_TRUE(std::isnan(have));
+      }
+    }
+  }
+}
+
+// The largest weight of any row and query head, against float64; its bits do not depend on how rows were cut.
+TEST_P(TokenScores, TheLargestWeightIsThatOfTheFormula) {
+  Random random(53);
+  for (int round = 0; round < 8; ++round) {
+    const KvShape shape{1, random.between(1, 3), 16 * random.between(1, 4)};
+    const int group = random.between(1, 5);
+    const int heads = shape.kv_heads * group;
+    const int tokens = random.between(1, 300);
+    const int rows = random.between(1, 90);
+    const int position = round % 2 == 0 ? tokens : std::max(0, tokens - rows / 2);  // some see less than all
+    const TokenData data = random_tokens(shape, tokens, random);
+    const Placed placed(data, random.below((tokens + kPageTokens - 1) / kPageTokens), random);
+    const auto row_values = static_cast<size_t>(heads * shape.key_dim());
+    std::vector<bf16> q(static_cast<size_t>(rows) * row_values, bf16{0});
+    for (int i = 0; i < rows * heads; ++i) {
+      for (int dim = 0; dim < shape.head_dim; ++dim) {
+        q[static_cast<size_t>(i * shape.key_dim() + dim)] = to_bf16(random.normal());
+      }
+    }
+    std::vector<float> log_sum_exp = random.floats(static_cast<size_t>(rows * heads));
+    const int stride = tokens + random.below(9);
+    const auto run = [&](int threads, const std::vector<int>& ends) {
+      std::vector<float> largest(static_cast<size_t>(shape.kv_heads * stride), NAN);
+      const auto k = kernels(shape, heads, threads);
+      for (int first = 0; const int end : ends) {
+        k->attention_mass(
+            {.shape = shape,
+             .heads = heads,
+             .scale = 0.2f,
+             .queries = {q.data() + static_cast<size_t>(first) * row_values,
+                         log_sum_exp.data() + static_cast<size_t>(first * heads), end - first, position + first},
+             .rows = end - first,
+             .position = position + first,
+             .kv = placed.kv(),
+             .tokens = tokens,
+             .mass = largest.data(),
+             .stride = stride,
+             .added = first == 0 ? 0 : tokens,
+             .of = MassOf::largest});
+        first = end;
+      }
+      return largest;
+    };
+    const std::vector<float> whole = run(1, {rows});
+    const std::vector<float> pieces = run(3, {std::max(1, rows / 3), std::max(1, rows / 3) + rows / 2, rows});
+    ASSERT_EQ(std::memcmp(whole.data(), pieces.data(), whole.size() * sizeof(float)), 0);
+    for (int kv_head = 0; kv_head < shape.kv_heads; ++kv_head) {
+      for (int token = 0; token < tokens; ++token) {
+        double most = 0;
+        for (int i = 0; i < rows * group; ++i) {
+          const int at = i / group * heads + kv_head * group + i % group;
+          double dot = 0;
+          for (int dim = 0; dim < shape.head_dim; ++dim) {
+            dot += static_cast<double>(to_float(q[static_cast<size_t>(at * shape.key_dim() + dim)])) *
+                   data.key(kv_head, token, dim);
+          }
+          const bool sees = token <= position + i / group;
+          most = std::max(most,
+                          sees ? std::exp(0.2 * dot - static_cast<double>(log_sum_exp[static_cast<size_t>(at)])) : 0);
+        }
+        ASSERT_NEAR(whole[static_cast<size_t>(kv_head * stride + token)], most, 1e-3 * most + 1e-9);
+      }
+      for (int token = tokens; token < stride; ++token) {
+        ASSERT_TRUE(std::isnan(whole[static_cast<size_t>(kv_head * stride + token)]));
       }
     }
   }

@@ -414,12 +414,26 @@ TEST(SnapKv, QueriesBeforeTheEndOfThePastAreCausal) {
 TEST(Compressor, ResidentBytesBoundWhatIsTaken) {
   RandomLayer full(kShape, kHeads, 11);
   std::mt19937_64 random(12);
-  for (const char* spec :
-       {"none", "kivi:bits=2", "kivi:k=8,v=4", "streaming-llm:window=0.3",
-        "streaming-llm:sinks=3,window=70+kivi:bits=8", "snapkv:budget=0.3", "snapkv:budget=130,window=8+kivi:k=16,v=2",
-        "pyramidkv:budget=0.4", "h2o:budget=0.2", "tova:budget=100", "knorm:budget=0.7", "keydiff:budget=0+kivi:bits=2",
-        "expected:budget=0.3,window=8", "adakv:alpha=0.9(snapkv:budget=0.3)", "adakv(h2o:budget=90)+kivi:bits=4",
-        "none;layers=0:knorm:budget=0.5", "quest:budget=0.1", "quest:budget=0.1+kivi:bits=4"}) {
+  for (const char* spec : {"none",
+                           "kivi:bits=2",
+                           "kivi:k=8,v=4",
+                           "streaming-llm:window=0.3",
+                           "streaming-llm:sinks=3,window=70+kivi:bits=8",
+                           "snapkv:budget=0.3",
+                           "snapkv:budget=130,window=8+kivi:k=16,v=2",
+                           "pyramidkv:budget=0.4",
+                           "h2o:budget=0.2",
+                           "tova:budget=100",
+                           "knorm:budget=0.7",
+                           "keydiff:budget=0+kivi:bits=2",
+                           "expected:budget=0.3,window=8",
+                           "adakv:alpha=0.9(snapkv:budget=0.3)",
+                           "adakv(h2o:budget=90)+kivi:bits=4",
+                           "kvzip:budget=0.3",
+                           "adakv(kvzip:budget=0.2)+kivi:bits=4",
+                           "none;layers=0:knorm:budget=0.5",
+                           "quest:budget=0.1",
+                           "quest:budget=0.1+kivi:bits=4"}) {
     const auto compressor = full.compressor(spec);
     Notes notes = full.lend_notes(*compressor);
     Resident resident(compressor->format());

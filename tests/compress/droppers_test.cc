@@ -41,6 +41,12 @@ class Plain {
     Notes notes = full.lend_notes(*compressor);
     Resident resident(compressor->format(), kShape);
     for (int look = 0; look < looks; ++look) {
+      if (compressor->reconstructs()) {
+        Attended repeated = full.queries(8, tokens);
+        repeated.notes = notes;
+        compressor->reconstruct(full.kernels(), full.layer(64), tokens, repeated);
+        notes.reconstructed = tokens;
+      }
       Attended seen = full.queries(tokens, 0);
       seen.notes = notes;
       seen.rope = full.rope(2 * kMostTokens);
@@ -183,7 +189,76 @@ TEST(Droppers, ExpectedAttentionKeepsSinksAndWeighsValues) {
   EXPECT_FALSE(contains(kept[0], 20));
 }
 
-const char* const kScorers[] = {"snapkv", "pyramidkv", "h2o", "tova", "knorm", "keydiff", "expected"};
+// What stays of 256 tokens, of which the first kTokens were repeated in pieces; `largest` (kv_heads, kTokens): what
+// they got at most.
+std::vector<std::vector<int>> kept_of_repeated(const std::string& spec, std::vector<std::vector<double>>& largest) {
+  RandomLayer full(kShape, kHeads, 6);
+  const auto kvzip = full.compressor(spec);
+  Notes notes = full.lend_notes(*kvzip);
+  const Attended all = full.queries(40, kTokens);
+  for (const auto& [first, end] : {std::pair{0, 1}, {1, 25}, {25, 40}}) {
+    Attended piece = all;
+    piece.position += first;
+    piece.rows = end - first;
+    piece.notes = notes;
+    kvzip->reconstruct(full.kernels(), full.layer(128), kTokens, piece);
+    notes.reconstructed = kTokens;
+  }
+  Attended seen;
+  seen.notes = notes;
+  Resident resident({}, kShape);
+  EXPECT_TRUE(kvzip->compress(full.kernels(), full.layer(64), {0, 256}, seen, resident.layer));
+  std::vector<std::vector<int>> kept;
+  for (int kv_head = 0; kv_head < kShape.kv_heads; ++kv_head) {
+    largest.emplace_back(kTokens);
+    for (int token = 0; token < kTokens; ++token) {
+      double& most = largest.back()[static_cast<size_t>(token)];
+      for (int row = 0; row < 40; ++row) {
+        for (const int head : {2 * kv_head, 2 * kv_head + 1}) {
+          most = std::max(most, full.weight(row, head, token, kTokens));
+        }
+      }
+      EXPECT_NEAR(reinterpret_cast<const float*>(notes.device)[kv_head * kMostTokens + token], most, 0.01 * most);
+    }
+    kept.push_back(kept_of(resident.layer, kv_head));
+  }
+  return kept;
+}
+
+// The largest weight of any repeated row and query head; tokens that came later fill half of the budget at most.
+TEST(Droppers, KvZipTakesTheLargestWeight) {
+  for (const auto& [budget, later] : {std::pair{70, 35}, {160, 64}}) {
+    std::vector<std::vector<double>> largest;
+    const auto kept = kept_of_repeated("kvzip:budget=" + std::to_string(budget), largest);
+    for (size_t head = 0; head < kept.size(); ++head) {
+      ASSERT_EQ(static_cast<int>(kept[head].size()), budget);
+      const auto border = kept[head].end() - later;
+      EXPECT_EQ(std::vector<int>(border, kept[head].end()), last_tokens(later, 256));
+      std::vector<double> sorted = largest[head];
+      std::sort(sorted.rbegin(), sorted.rend());
+      for (auto token = kept[head].begin(); token < border; ++token) {
+        ASSERT_LT(*token, kTokens);
+        EXPECT_GE(largest[head][static_cast<size_t>(*token)],
+                  sorted[static_cast<size_t>(budget - later - 1)] * (1 - 2e-3));
+      }
+    }
+  }
+}
+
+// A context that had no room to be repeated: the last tokens stay.
+TEST(Droppers, KvZipWithoutAReplayKeepsTheLast) {
+  RandomLayer full(kShape, kHeads, 7);
+  const auto kvzip = full.compressor("kvzip:budget=70");
+  Attended seen;
+  seen.notes = full.lend_notes(*kvzip);
+  Resident resident({}, kShape);
+  ASSERT_TRUE(kvzip->compress(full.kernels(), full.layer(64), {0, kTokens}, seen, resident.layer));
+  for (int head = 0; head < kShape.kv_heads; ++head) {
+    EXPECT_EQ(kept_of(resident.layer, head), last_tokens(70));
+  }
+}
+
+const char* const kScorers[] = {"snapkv", "pyramidkv", "h2o", "tova", "knorm", "keydiff", "expected", "kvzip"};
 
 TEST(Droppers, BudgetsOfNothingOfAPageAndBeyondTheContext) {
   Plain layer;

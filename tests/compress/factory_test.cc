@@ -56,6 +56,9 @@ TEST(CompressorFactory, ReadsWhatItNames) {
       {"pyramidkv", "pyramidkv:budget=0.2,window=8,kernel=7,beta=20"},
       {"pyramidkv:beta=2.5,budget=300", "pyramidkv:budget=300,window=8,kernel=7,beta=2.5"},
       {"h2o", "h2o:budget=0.2"},
+      {"kvzip", "kvzip:budget=0.2"},
+      {"adakv(kvzip:budget=64)+kivi:bits=4;layers=0:kvzip+kivi",
+       "adakv:alpha=0.2(kvzip:budget=64)+kivi:bits=4;layers=0:kvzip:budget=0.2+kivi:bits=4"},
       {"tova:budget=0.1+kivi:bits=8", "tova:budget=0.1+kivi:bits=8"},
       {"knorm", "knorm:budget=0.2"},
       {"keydiff:budget=7", "keydiff:budget=7"},
@@ -98,6 +101,7 @@ TEST(CompressorFactory, RefusesEverythingElseAndSaysWhatThereIs) {
                            "none ",
                            "none:bits=4",
                            "h2o:window=4",
+                           "kvzip:chunk=4",
                            "h2",
                            "pyramidkv:beta=0.5",
                            "pyramidkv:beta",
@@ -257,7 +261,7 @@ RC_GTEST_PROP(CompressorFactory, RandomOptionsReadBack, ()) {
                                ",window=" + std::to_string(*rc::gen::inRange(1, 257))
                          : "streaming-llm:window=" + share + ",sinks=" + std::to_string(*rc::gen::inRange(0, 3000));
   const std::string scorer =
-      *rc::gen::element<std::string>("", "h2o", "tova", "knorm", "keydiff", "expected", "pyramidkv");
+      *rc::gen::element<std::string>("", "h2o", "tova", "knorm", "keydiff", "expected", "kvzip", "pyramidkv");
   if (!scorer.empty()) {
     spec = scorer + ":budget=" + share;
     spec += scorer == "pyramidkv" ? ",beta=" + std::to_string(*rc::gen::inRange(1, 50)) : "";

@@ -119,6 +119,7 @@ TEST(CacheTrial, DraftsAreThoseOfAnEngine) {
                                           "expected:budget=0.3",
                                           "knorm:budget=0.5",
                                           "keydiff:budget=0.5",
+                                          "kvzip:budget=0.3",
                                           "snapkv;layers=0-1:none",
                                           "quest:budget=0.2",
                                           "quest:budget=0.3,dense=0+kivi:bits=2"};

@@ -126,6 +126,9 @@ TEST(Engine, EveryCompressorHorizonAndTemperatureGivesTheFullAnswer) {
                                    "knorm:budget=0.4",
                                    "keydiff:budget=0.4+kivi:bits=4",
                                    "expected:budget=0.3",
+                                   "kvzip:budget=0.3",
+                                   "adakv:alpha=0.5(kvzip:budget=0.3)+kivi:bits=8",
+                                   "h2o:budget=0.3;layers=1-2:kvzip:budget=0.2",
                                    "adakv(snapkv:budget=0.3)",
                                    "adakv:alpha=0.8(pyramidkv:budget=0.3)+kivi:k=8,v=4",
                                    "snapkv:budget=0.3;layers=0-1:none;layers=3:h2o:budget=100"};

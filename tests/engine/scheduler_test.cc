@@ -179,6 +179,45 @@ TEST(Scheduler, PromptsAreReadInChunksAndTheLastDecides) {
                                                               {.id = 2, .rows = 20, .decides = true}}));
 }
 
+// A context that is replayed stands in passes as a prompt does, decides nothing, and neither drafts nor is verified.
+TEST(Scheduler, AContextIsReplayedBeforeItDrafts) {
+  const auto replaying = [](int rows, int past_pages) {
+    Load load = decoding(0, 8, past_pages);
+    load.replay = rows;
+    return load;
+  };
+  EXPECT_FALSE(Scheduler::ready({.backlog = 1, .drafted = 9, .horizon = 8, .reach = 8, .most_drafts = 9, .replay = 1}));
+  Scheduler scheduler = admitted(limits(), 3);
+  scheduler.update(1, replaying(130, 3));
+  scheduler.update(2, decoding(8, 8, 4));
+  scheduler.update(3, prefilling(30));
+  StepPlan plan = scheduler.next({});
+  EXPECT_EQ(plan.pass,
+            (std::vector<PassMember>{{.id = 2, .rows = 1, .decides = true, .most_drafts = 16, .past_pages = 4},
+                                     {.id = 1, .rows = 83, .decides = false, .past_pages = 3, .replays = true}}));
+  EXPECT_EQ(plan.draft, Ids{2});
+  scheduler.pass_done(1);
+  scheduler.pass_done(2);
+  scheduler.update(1, replaying(47, 3));
+  scheduler.update(2, decoding(0, 8, 4));
+  // Held, sequences are still made ready to decode.
+  scheduler.hold_decoding(true);
+  plan = scheduler.next({});
+  EXPECT_EQ(plan.pass,
+            (std::vector<PassMember>{{.id = 1, .rows = 47, .decides = false, .past_pages = 3, .replays = true},
+                                     {.id = 3, .rows = 30, .decides = true}}));
+  EXPECT_EQ(plan.draft, Ids{});
+  scheduler.hold_decoding(false);
+  scheduler.pass_done(1);
+  scheduler.update(1, decoding(0, 8, 3));
+  EXPECT_EQ(scheduler.next({.open_passes = 2}).draft, (Ids{1, 2}));
+  // Staging binds it as it does others.
+  scheduler.update(1, replaying(47, 21));
+  scheduler.pass_done(3);
+  scheduler.update(3, {});
+  EXPECT_TRUE(scheduler.next({}).pass.empty());
+}
+
 TEST(Scheduler, TheLongestUnservedGoesFirst) {
   SchedulerLimits one = limits();
   one.logit_rows = 17;

@@ -78,6 +78,8 @@ class Simulation {
     int stored_tokens = 0;
     int drafted = 0;
     int horizon = 0;
+    int replay_tokens = 0;  // of its context, to be replayed once the prompt is read
+    int replay_left = 0;
     bool admitted = false;
     bool in_pass = false;
     bool cancelled = false;
@@ -90,7 +92,8 @@ class Simulation {
               .horizon = horizon,
               .reach = horizon,
               .most_drafts = std::min(2 * most_horizon, length - tokens - 1),
-              .past_pages = stored_tokens / 64};
+              .past_pages = stored_tokens / 64,
+              .replay = over || tokens - verified != 1 ? 0 : std::min(replay_left, 200)};
     }
   };
   struct Pass {
@@ -108,6 +111,7 @@ class Simulation {
     sequence.length = sequence.prompt + between(1, 300);
     sequence.tokens = sequence.prompt;
     sequence.horizon = most_horizon_ > 0 ? between(1, most_horizon_) : 0;
+    sequence.replay_tokens = sequence.replay_left = limits_.drafting && below(2) == 0 ? sequence.prompt : 0;
     sequence.needs = {.resident_pages = between(0, 40), .host_extents = between(0, 10)};
     const SeqId id = ++last_id_;
     scheduler_->enqueue(id, sequence.needs);
@@ -177,7 +181,7 @@ class Simulation {
     check_service(plan.pass, running);
     for (const SeqId id : plan.draft) {
       const Sequence& s = sequences_.at(id);
-      ASSERT_TRUE(limits_.drafting && s.admitted && s.tokens - s.verified == 1);
+      ASSERT_TRUE(limits_.drafting && s.admitted && s.tokens - s.verified == 1 && s.replay_left == 0);
       const std::vector<SeqId> passing_now = ids(plan.pass);
       const bool passing = s.in_pass || std::count(passing_now.begin(), passing_now.end(), id) > 0;
       ASSERT_LT(s.drafted, (passing ? 2 : 1) * s.horizon);
@@ -199,8 +203,9 @@ class Simulation {
       ASSERT_GE(member.most_drafts, 0);
       ASSERT_EQ(member.past_pages, s.stored_tokens / 64);
       const int backlog = s.tokens - s.verified;
-      ASSERT_LE(member.rows, backlog);
-      ASSERT_EQ(member.decides, member.rows == backlog);
+      ASSERT_EQ(member.replays, backlog == 1 && s.replay_left > 0);
+      ASSERT_LE(member.rows, member.replays ? s.load(most_horizon_).replay : backlog);
+      ASSERT_EQ(member.decides, !member.replays && member.rows == backlog);
       rows += member.rows + member.most_drafts;
       logit_rows += member.decides ? 1 + member.most_drafts : 0;
       staged += member.past_pages;
@@ -219,8 +224,9 @@ class Simulation {
       if (!s.admitted || s.in_pass || backlog == 0 || !s.told) {
         continue;
       }
-      const bool due = backlog == 1 ? Scheduler::ready(s.load(most_horizon_)) : first_prompt;
-      first_prompt = first_prompt && backlog == 1;
+      const bool reads = backlog > 1 || s.load(most_horizon_).replay > 0;
+      const bool due = reads ? first_prompt : Scheduler::ready(s.load(most_horizon_));
+      first_prompt = first_prompt && !reads;
       somebody = somebody || due;
       const bool goes = std::any_of(members.begin(), members.end(), [&](const PassMember& m) { return m.id == id; });
       s.passed_over = goes || !due ? 0 : s.passed_over + (members.empty() ? 0 : 1);
@@ -258,6 +264,9 @@ class Simulation {
       s.in_pass = false;
       if (below(60) == 0) {  // a block came back broken: all over again
         s.verified = s.stored_tokens = s.drafted = 0;
+        s.replay_left = s.replay_left > 0 ? s.replay_tokens : 0;
+      } else if (member.replays) {
+        s.replay_left -= member.rows;
       } else if (!member.decides) {
         s.verified += member.rows;
       } else {

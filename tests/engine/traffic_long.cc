@@ -38,6 +38,7 @@ TrafficSetup random_setup(std::mt19937_64& random) {
                                           "h2o:budget=0.3",
                                           "pyramidkv:budget=200",
                                           "expected:budget=0.2,window=20+kivi:bits=4",
+                                          "adakv(kvzip:budget=0.2)",
                                           "adakv:alpha=0.9(keydiff:budget=0.3)",
                                           "adakv:alpha=0.7(h2o:budget=150);layers=1-3:none"};
   TrafficSetup setup;

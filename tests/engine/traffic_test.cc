@@ -55,6 +55,16 @@ TEST(Traffic, HeadsAndLayersThatDifferInALittleMemory) {
   run_traffic(setup, visitors());
 }
 
+// Replays between prompts and drafts, cut anew by corruption, whose rows stand in tails that share a little memory.
+TEST(Traffic, ReplaysInALittleMemory) {
+  TrafficSetup setup{
+      .compressor = "adakv(kvzip:budget=0.3);layers=1:h2o:budget=0.3", .options = options_of(8, 5, 130), .budget = 1.2};
+  setup.options.inject_corruption_every = 401;
+  const EngineStats stats = run_traffic(setup, visitors());
+  EXPECT_GT(stats.replayed_tokens, 0);
+  EXPECT_GT(stats.recomputed_tokens, 0);
+}
+
 TEST(Traffic, TheFullCacheOnTheDevice) {
   const EngineStats stats = run_traffic({.compressor = "none", .options = options_of(16, 4, 96)}, visitors());
   EXPECT_TRUE(stats.full_on_device);

@@ -49,6 +49,33 @@ bool is_zero(const std::byte* data, size_t bytes) {
   return std::all_of(data, data + bytes, [](std::byte b) { return b == std::byte{0}; });
 }
 
+TEST(Tail, GivesBackFromTheEndAndGrowsZeroedAgain) {
+  const auto lane = make_lane();
+  OwnedPool owned(page_set_bytes(kShape), 5);
+  Tail tail(kShape, owned.pool, 5, *lane, nullptr);
+  ASSERT_TRUE(tail.grow(300));
+  tail.release_before(64);
+  std::byte* second = tail.set(1);
+  for (int page = 1; page < 5; ++page) {
+    std::fill_n(tail.set(page), owned.pool.block_bytes(), std::byte{0xff});
+  }
+  tail.release_after(320);
+  EXPECT_EQ(tail.end(), 320);
+  tail.release_after(65);
+  EXPECT_EQ(tail.end(), 128);
+  EXPECT_EQ(tail.set(1), second);
+  EXPECT_FALSE(is_zero(second, owned.pool.block_bytes()));
+  EXPECT_EQ(owned.pool.used(), 1);
+  ASSERT_TRUE(tail.grow(256));
+  for (int page = 2; page < 4; ++page) {
+    EXPECT_TRUE(is_zero(tail.set(page), owned.pool.block_bytes()));
+    EXPECT_EQ(tail.view(0, 64).head_page(0, page - 1), tail.set(page));
+  }
+  tail.release_after(64);
+  EXPECT_EQ(tail.sets(), 0);
+  EXPECT_EQ(tail.position(), 64);
+}
+
 TEST(Tail, GrowsInZeroedSetsAndGivesBackFromTheFront) {
   const auto lane = make_lane();
   OwnedPool owned(page_set_bytes(kShape), 6);

@@ -463,10 +463,11 @@ void Attention::mass_page(const MassArgs& args, int head, int page, int first_ro
     ops_.product(s.q.data() + at(first, shape.key_dim()), static_cast<size_t>(shape.key_dim()), rows, keys,
                  at(key_pairs, 2 * kPanel), key_pairs, kPageTokens / kPanel, s.scores.data(), kPageTokens, false,
                  nullptr);
-    ops_.rows->mass_page(s.scores.data(), rows, s.visible.data() + first, args.scale * kLog2E,
-                         s.log_sum_exp2.data() + first, mass);
+    const auto weigh = args.of == MassOf::largest ? ops_.rows->largest_page : ops_.rows->mass_page;
+    weigh(s.scores.data(), rows, s.visible.data() + first, args.scale * kLog2E, s.log_sum_exp2.data() + first, mass);
   }
-  ops_.rows->add(mass, held, args.mass + at(head, args.stride) + at(page, kPageTokens));
+  const auto join = args.of == MassOf::largest ? ops_.rows->larger : ops_.rows->add;
+  join(mass, held, args.mass + at(head, args.stride) + at(page, kPageTokens));
 }
 
 }  // namespace vericache

@@ -215,7 +215,7 @@ void CpuKernels::embed(const PackedMatrix& table, const PassRows& pass, float* o
   list_rows(pass, 0);
   for_rows(pass.rows, table.in, [&](int row) {
     const SequenceRows& sequence = *sequence_of_row_[static_cast<size_t>(row)];
-    const TokenId token = sequence.tokens[sequence.position + row - sequence.first_row];
+    const TokenId token = sequence.tokens[sequence.position - sequence.token_lag + row - sequence.first_row];
     check(token >= 0 && token < table.out, "token ids lie in the vocabulary");
     products_.unpack_row(table, token, out + at(row, table.in));
   });

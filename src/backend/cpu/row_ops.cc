@@ -210,14 +210,16 @@ void divide(const float* acc, float sum, int dim, bf16* out) {
   }
 }
 
-void mass_page(const float* scores, int rows, const int* visible, float scale2, const float* log_sum_exp2,
+template <bool kLargest>
+void join_mass(const float* scores, int rows, const int* visible, float scale2, const float* log_sum_exp2,
                float* mass) {
   const F32 d;
   for (int r = 0; r < rows; ++r, scores += kTokens) {
     for (size_t t = 0; t < kTokens; t += kLanes) {
       const Floats s = masked_scores(scores, t, visible[r], hn::Set(d, scale2));
       const Floats weight = exp2(hn::Sub(s, hn::Set(d, log_sum_exp2[r])));
-      hn::StoreU(hn::Add(hn::LoadU(d, mass + t), weight), d, mass + t);
+      const Floats held = hn::LoadU(d, mass + t);
+      hn::StoreU(kLargest ? hn::Max(held, weight) : hn::Add(held, weight), d, mass + t);
     }
   }
 }
@@ -251,11 +253,17 @@ float bound_page(const bf16* q, int rows, int dim, const bf16* bounds) {
   return sum;
 }
 
+void larger(const float* x, int dim, float* y) {
+  for (int i = 0; i < dim; ++i) {
+    y[i] = x[i] > y[i] ? x[i] : y[i];
+  }
+}
+
 }  // namespace
 
 const RowOps& row_table() {
-  static constexpr RowOps kOps{add,        rms_norm, silu_mul,  finish_head, softmax_page,
-                               fold_split, divide,   mass_page, bound_page};
+  static constexpr RowOps kOps{add,    rms_norm,         silu_mul,        finish_head, softmax_page, fold_split,
+                               divide, join_mass<false>, join_mass<true>, larger,      bound_page};
   return kOps;
 }
 

@@ -60,6 +60,10 @@ struct RowOps {
   // mass[t] += 2^(scores[r][t] * scale2 - log_sum_exp2[r]) over the visible tokens of each row, rows in rising order.
   void (*mass_page)(const float* scores, int rows, const int* visible, float scale2, const float* log_sum_exp2,
                     float* mass);
+  // The same with the larger of mass[t] and the weight instead of their sum.
+  void (*largest_page)(const float* scores, int rows, const int* visible, float scale2, const float* log_sum_exp2,
+                       float* mass);
+  void (*larger)(const float* x, int dim, float* y);  // y = max(x, y)
   // Of each of the queries (rows, dim) the most that q.k can be for any key within one of the bounds of a page
   // (kv_view.h), summed over the queries. dim is a multiple of 32.
   float (*bound_page)(const bf16* q, int rows, int dim, const bf16* bounds);

@@ -33,7 +33,11 @@ __device__ inline Column find_column(const MassArgs& args, int kv_head, int grou
   return {slot, args.position + row, args.queries.log_sum_exp[slot] * kLog2E};
 }
 
-template <int kHeadDim>
+__device__ __forceinline__ float join(MassOf of, float held, float more) {
+  return of == MassOf::largest ? fmaxf(held, more) : held + more;
+}
+
+template <int kHeadDim, MassOf kOf>
 struct Tokens : KeyTile<kHeadDim> {
   using Tile = KeyTile<kHeadDim>;
   float mass[4] = {};  // of token 8 i + g, from the columns 2 c and 2 c + 1 of every eight
@@ -48,7 +52,7 @@ struct Tokens : KeyTile<kHeadDim> {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float weight = exp2_approx(fmaf(scores[i / 2][i % 2 * 2 + n], scale_log2, -column.log2_sum));
-        mass[i] += Tile::token(i) <= column.position ? weight : 0.0f;
+        mass[i] = join(kOf, mass[i], Tile::token(i) <= column.position ? weight : 0.0f);
       }
     }
   }
@@ -56,23 +60,23 @@ struct Tokens : KeyTile<kHeadDim> {
   __device__ void write(float* out, int added, int tokens) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float sum = Tile::sum_columns(mass[i]);
+      const float all = kOf == MassOf::largest ? Tile::largest_column(mass[i]) : Tile::sum_columns(mass[i]);
       const int token = Tile::token(i);
       if (i == Tile::c && token < tokens) {
-        out[token] = token < added ? out[token] + sum : sum;
+        out[token] = token < added ? join(kOf, out[token], all) : all;
       }
     }
   }
 };
 
 // Grid (blocks of tokens, KV heads).
-template <int kHeadDim>
+template <int kHeadDim, MassOf kOf>
 __global__ void __launch_bounds__(kThreads) attention_mass_kernel(MassArgs args) {
   __shared__ Column columns[kColumns];
   const int thread = static_cast<int>(threadIdx.x);
   const int kv_head = static_cast<int>(blockIdx.y);
   const int group = args.heads / args.shape.kv_heads;
-  Tokens<kHeadDim> tokens;
+  Tokens<kHeadDim, kOf> tokens;
   tokens.place(static_cast<int>(blockIdx.x) * kBlockTokens + thread / 32 * kTileTokens, thread % 32);
   const bool any = tokens.first < args.tokens;
   if (any) {
@@ -101,7 +105,11 @@ template <int kHeadDim>
 void launch(const MassArgs& args, cudaStream_t stream) {
   const dim3 blocks(static_cast<unsigned>((args.tokens + kBlockTokens - 1) / kBlockTokens),
                     static_cast<unsigned>(args.shape.kv_heads));
-  attention_mass_kernel<kHeadDim><<<blocks, kThreads, 0, stream>>>(args);
+  if (args.of == MassOf::largest) {
+    attention_mass_kernel<kHeadDim, MassOf::largest><<<blocks, kThreads, 0, stream>>>(args);
+  } else {
+    attention_mass_kernel<kHeadDim, MassOf::sum><<<blocks, kThreads, 0, stream>>>(args);
+  }
   check_cuda(cudaGetLastError(), "attention_mass");
 }
 

@@ -66,6 +66,11 @@ struct KeyTile {
     own += __shfl_xor_sync(kAllLanes, own, 2);
     return own;
   }
+  // The same, the largest of it.
+  __device__ static float largest_column(float own) {
+    own = fmaxf(own, __shfl_xor_sync(kAllLanes, own, 1));
+    return fmaxf(own, __shfl_xor_sync(kAllLanes, own, 2));
+  }
 };
 
 }  // namespace vericache::cuda

@@ -13,7 +13,8 @@ namespace {
 // one.
 __device__ int token_of_row(const StagedPass& pass, int row) {
   const SequenceRows& sequence = pass.sequences[pass.sequence_of_row[row]];
-  return *static_cast<const volatile TokenId*>(sequence.tokens + sequence.position + row - sequence.first_row);
+  const int position = sequence.position - sequence.token_lag + row - sequence.first_row;
+  return *static_cast<const volatile TokenId*>(sequence.tokens + position);
 }
 
 template <bool kWide>

@@ -78,7 +78,7 @@ Rows random_rows(const Keys& keys, int heads, int capacity, int count, Random& r
 // Rows [first, end) of them, as a ring of their own where they are not all; into `mass` (kv_heads, stride), of which
 // [0, added) are added to.
 void run_rows(const Keys& keys, const Rows& rows, int first, int end, int past_pages, int stride, int added,
-              const DeviceArray<float>& mass, Random& random) {
+              const DeviceArray<float>& mass, Random& random, MassOf of = MassOf::sum) {
   const KvShape& shape = keys.shape;
   const int pages = (keys.tokens + kPageTokens - 1) / kPageTokens;
   DevicePages past(shape, {}, past_pages + 1, random);
@@ -106,7 +106,8 @@ void run_rows(const Keys& keys, const Rows& rows, int first, int end, int past_p
        .tokens = keys.tokens,
        .mass = mass.data(),
        .stride = stride,
-       .added = added},
+       .added = added,
+       .of = of},
       nullptr);
   finish();
 }
@@ -184,6 +185,48 @@ TEST(CudaAttentionMass, AddsToWhatOtherRowsLeft) {
         } else {
           ASSERT_TRUE(std::isnan(have));
         }
+      }
+    }
+  }
+}
+
+// The largest weight of any row and query head, against float64; where rows are cut or pages lie changes no bit.
+TEST(CudaAttentionMass, TheLargestWeightIsThatOfTheSoftmax) {
+  Random random(83);
+  for (int round = 0; round < 16; ++round) {
+    const int group = random.between(1, 9);
+    const KvShape shape{1, random.between(1, 3), 32 * (1 + round % 4)};
+    const Keys keys(shape, random.between(2, 400), random);
+    const int count = std::min(keys.tokens, random.between(2, round % 5 == 0 ? 90 : 30));
+    const Rows rows = random_rows(keys, group * shape.kv_heads, count + random.below(4), count, random);
+    const int pages = (keys.tokens + kPageTokens - 1) / kPageTokens;
+    const int stride = keys.tokens + random.below(9);
+    const DeviceArray<float> whole(at(shape.kv_heads, stride));
+    run_rows(keys, rows, 0, count, random.below(pages), stride, 0, whole, random, MassOf::largest);
+    const DeviceArray<float> pieces(at(shape.kv_heads, stride));
+    for (int row = 0; row < count; ++row) {
+      run_rows(keys, rows, row, row + 1, random.below(pages), stride, row == 0 ? 0 : keys.tokens, pieces, random,
+               MassOf::largest);
+    }
+    const std::vector<float> all = whole.read();
+    const std::vector<float> cut = pieces.read();
+    for (int kv_head = 0; kv_head < shape.kv_heads; ++kv_head) {
+      for (int token = 0; token < stride; ++token) {
+        const float have = all[at(kv_head, stride, token)];
+        if (token >= keys.tokens) {
+          ASSERT_TRUE(std::isnan(have)) << "what lies behind the tokens is not touched";
+          continue;
+        }
+        double most = 0;
+        for (int r = std::max(0, token - rows.position); r < count; ++r) {
+          const int slot = (rows.position + r) % rows.capacity;
+          for (int head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+            most = std::max(
+                most, std::exp(score(keys, rows, slot, head, token) - rows.log_sum_exp[at(slot, rows.heads, head)]));
+          }
+        }
+        ASSERT_NEAR(have, most, 1e-3 * most + 1e-9) << "round " << round << ", token " << token;
+        ASSERT_EQ(have, cut[at(kv_head, stride, token)]);
       }
     }
   }

@@ -114,6 +114,7 @@ struct Pass {
       sequence.kv.tail_position = tail_of[s];
       sequence.queries = {rings->data() + at(i * ring, heads * shape.head_dim), ring_sums->data() + at(i * ring, heads),
                           ring};
+      sequence.token_lag = i == 1 ? kLag : 0;
       all[s] = sequence;  // embed reads layer 0
       first_row += rows_of[s];
       first_slot += tail_pages[s] * shape.kv_heads;
@@ -141,6 +142,7 @@ struct Pass {
     return static_cast<size_t>(slot_of[static_cast<size_t>(entry)]) * page_values;
   }
 
+  static constexpr int kLag = 4;  // of the second sequence's tokens
   static constexpr int kLayers = 3;
   static constexpr int kLayer = 2;
   static constexpr int kContext = 1024;
@@ -173,7 +175,8 @@ TEST(CudaRowOps, EmbedsTheTokensOfTheSequences) {
     const std::vector<float> result = out.read();
     for (int row = 0; row < pass.rows; ++row) {
       const int sequence = pass.host_sequence_of_row[static_cast<size_t>(row)];
-      const int token = (*pass.tokens)[at(sequence, Pass::kContext, pass.position(row))];
+      const int token =
+          (*pass.tokens)[at(sequence, Pass::kContext, pass.position(row) - (sequence == 1 ? Pass::kLag : 0))];
       for (int i = 0; i < in; ++i) {
         ASSERT_EQ(result[at(row, in, i)], to_float(table[at(token, padded_dim(in), i)])) << row << ", " << i;
       }
