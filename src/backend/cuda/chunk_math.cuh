@@ -71,7 +71,7 @@ class ChunkReader {
     const uint32_t of_one = narrow_.one[kR];
     if constexpr (kCode == KvCode::affine && kBits == 3) {
       constexpr int kRun = 2 * kX + kRow;
-      const uint32_t words[3] = {two_[2 * kR], two_[2 * kR + 1], of_one};
+      const uint32_t words[3] = {narrow_.two[2 * kR], narrow_.two[2 * kR + 1], of_one};
       if constexpr (kRun < 3) {
         out = place_bits<3 * kPair, 0>(words[kRun], 0x00070007u, kLowExponent);
       } else if constexpr (kPair < 3) {
