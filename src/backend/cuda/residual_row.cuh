@@ -138,15 +138,18 @@ struct PackedPart {
   }
 };
 
-// run(PackedPart) of the format that a part has; not for one that is exact. The widest planes are rarely met.
-template <int kHeadDim, bool kKeys, typename Run>
+// run(PackedPart) of the format that a part has, which is nuq or not; not for one that is exact. The widest planes are
+// rarely met.
+template <int kHeadDim, bool kKeys, bool kNuq, typename Run>
 __device__ inline void with_part(const KvPart& part, const Run& run) {
   const auto as = [&](auto format) { run(PackedPart<kHeadDim, kKeys, decltype(format)>{format}); };
-  if (part.code == KvCode::nuq) {
+  if constexpr (kNuq) {
     part.bits == 2   ? as(FixedPart<2, KvCode::nuq>{part.outliers})
     : part.bits == 3 ? as(FixedPart<3, KvCode::nuq>{part.outliers})
                      : as(FixedPart<4, KvCode::nuq>{part.outliers});
-  } else if (part.code == KvCode::int8) {
+    return;
+  }
+  if (part.code == KvCode::int8) {
     as(FixedPart<8, KvCode::int8>());
   } else if (part.code == KvCode::fp8) {
     as(FixedPart<8, KvCode::fp8>());

@@ -2,6 +2,8 @@
 // warp a row at a time.
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "backend/cuda/head_dim.h"
 #include "backend/cuda/ops.h"
 #include "backend/cuda/residual_outliers.cuh"
@@ -15,11 +17,14 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 static_assert(kWarps == kOctets);
 
-// How pages are coded: each its own kernel. Rotated formats keep more in registers and shared memory.
-enum class Form { lossless, resident, rotated };
+// How pages are coded: each its own kernel. Rotated formats and outliers take more registers and shared memory.
+enum class Form { lossless, resident, nuq, rotated };
 
 inline Form form_of(ResidualCode code, const KvFormat& format) {
-  return code == ResidualCode::lossless ? Form::lossless : format.rotated ? Form::rotated : Form::resident;
+  return code == ResidualCode::lossless ? Form::lossless
+         : format.rotated               ? Form::rotated
+         : format.code == KvCode::nuq   ? Form::nuq
+                                        : Form::resident;
 }
 
 template <int kHeadDim>
@@ -68,6 +73,7 @@ struct DecodeMemory {
       case Form::rotated:
         return kPackedAt + packed_bytes(format) + sizeof(RotatedPart<kHeadDim>);
       case Form::resident:
+      case Form::nuq:
         break;
     }
     return kPackedAt + packed_bytes(format) + kTableAlignment + table_bytes(format.key(), kHeadDim) +
@@ -80,7 +86,7 @@ struct DecodeMemory {
     return kPackedAt + key_bytes(KvPart(9)) + value_bytes(KvPart(9)) +
            (form == Form::rotated ? sizeof(RotatedPart<kHeadDim>) : kMostTables);
   }
-  static_assert(bytes(Form::resident, {4, 4, KvCode::nuq, false, kMostOutliers}) <= most_bytes(Form::resident));
+  static_assert(bytes(Form::nuq, {4, 4, KvCode::nuq, false, kMostOutliers}) <= most_bytes(Form::nuq));
 };
 
 // All threads of the block; waited for by copies_wait.
@@ -122,7 +128,7 @@ __device__ inline void look_up(const uint32_t* table, int first_group, const uin
 }
 
 // The rows of K or V.
-template <int kHeadDim, bool kKeys>
+template <int kHeadDim, bool kKeys, bool kNuq>
 __device__ void decode_part(const BlockReader& block, const KvPart& format, const std::byte* packed,
                             const std::byte* resident, uint32_t* table, uint32_t* map, uint4* out) {
   constexpr int kRows = BlockShape<kHeadDim>::kKeyRows;  // as many of V
@@ -135,7 +141,7 @@ __device__ void decode_part(const BlockReader& block, const KvPart& format, cons
     }
     return;
   }
-  with_part<kHeadDim, kKeys>(format, [&](const auto& own) {
+  with_part<kHeadDim, kKeys, kNuq>(format, [&](const auto& own) {
     using Format = std::decay_t<decltype(own.format)>;
     constexpr bool kTable = kTabulated<Format>;
     constexpr bool kOutliers = kApart<Format>;
@@ -245,8 +251,9 @@ __global__ void __launch_bounds__(kThreads, kForm == Form::rotated ? 3 : 4) deco
     uint32_t* const value_table = table + Memory::table_bytes(format.key(), kHeadDim) / sizeof(uint32_t);
     uint32_t* const key_map = value_table + Memory::table_bytes(format.value(), kPageTokens) / sizeof(uint32_t);
     uint32_t* const value_map = key_map + outlier_map_bytes(format.key(), kHeadDim) / sizeof(uint32_t);
-    decode_part<kHeadDim, true>(block, format.key(), packed_keys, keys, table, key_map, out);
-    decode_part<kHeadDim, false>(block, format.value(), packed_values, values, value_table, value_map, out);
+    constexpr bool kNuq = kForm == Form::nuq;
+    decode_part<kHeadDim, true, kNuq>(block, format.key(), packed_keys, keys, table, key_map, out);
+    decode_part<kHeadDim, false, kNuq>(block, format.value(), packed_values, values, value_table, value_map, out);
   }
 }
 
@@ -298,6 +305,11 @@ __device__ void rotated_fields(bool keys, int part_row, int lane, ResidualField 
   }
 }
 
+// What an encoding block knows of outliers, if there are any.
+struct NoMaps {};
+template <int kHeadDim, Form kForm>
+using Maps = std::conditional_t<kForm == Form::nuq, OutlierMaps<kHeadDim>, NoMaps>;
+
 // Whether a row of the block is a lossless one.
 template <int kHeadDim, Form kForm>
 __device__ bool coded_alone(const EncodeCall& call, int row) {
@@ -308,7 +320,7 @@ __device__ bool coded_alone(const EncodeCall& call, int row) {
 
 // A row of the block's head page. Values, and how they are to be written.
 template <int kHeadDim, Form kForm>
-__device__ uint32_t make_row(const EncodeCall& call, const OutlierMaps<kHeadDim>& maps, int row,
+__device__ uint32_t make_row(const EncodeCall& call, const Maps<kHeadDim, kForm>& maps, int row,
                              uint32_t (&values)[kLaneValues], LaneRow& made) {
   const int page = static_cast<int>(blockIdx.x);
   const int head = static_cast<int>(blockIdx.y);
@@ -334,10 +346,11 @@ __device__ uint32_t make_row(const EncodeCall& call, const OutlierMaps<kHeadDim>
     } else {
       const std::byte* part = resident_part(call.resident, head, call.first + page, keys, kHeadDim);
       const auto read = [&](const auto& own) { own.read_fields(part, part_row, lane, fields); };
-      keys ? with_part<kHeadDim, true>(format, read) : with_part<kHeadDim, false>(format, read);
-    }
-    if (kForm == Form::resident && format.code == KvCode::nuq) {
-      close_fields(maps, keys ? 0 : 1, part_row, values, fields);
+      constexpr bool kNuq = kForm == Form::nuq;
+      keys ? with_part<kHeadDim, true, kNuq>(format, read) : with_part<kHeadDim, false, kNuq>(format, read);
+      if constexpr (kNuq) {
+        close_fields(maps, keys ? 0 : 1, part_row, values, fields);
+      }
     }
     code_row(values, fields, made);
   }
@@ -346,9 +359,9 @@ __device__ uint32_t make_row(const EncodeCall& call, const OutlierMaps<kHeadDim>
 
 // Halves of every row, and maps, into shared memory. The block's units.
 template <int kHeadDim, Form kForm>
-__device__ uint32_t measure_block(const EncodeCall& call, OutlierMaps<kHeadDim>& maps, uint32_t* row_halves) {
+__device__ uint32_t measure_block(const EncodeCall& call, Maps<kHeadDim, kForm>& maps, uint32_t* row_halves) {
   constexpr int kRows = BlockShape<kHeadDim>::kRows;
-  if constexpr (kForm == Form::resident) {
+  if constexpr (kForm == Form::nuq) {
     const int page = static_cast<int>(blockIdx.x);
     const int head = static_cast<int>(blockIdx.y);
     const std::byte* source = call.pages[page] + static_cast<size_t>(head) * BlockShape<kHeadDim>::kHeadPageBytes;
@@ -377,7 +390,7 @@ __device__ uint32_t measure_block(const EncodeCall& call, OutlierMaps<kHeadDim>&
 template <int kHeadDim, Form kForm>
 __global__ void __launch_bounds__(kThreads) measure_kernel(EncodeCall call) {
   __shared__ uint32_t row_halves[BlockShape<kHeadDim>::kRows];
-  __shared__ OutlierMaps<kHeadDim> maps;
+  __shared__ Maps<kHeadDim, kForm> maps;
   make_bases<kHeadDim, kForm>(call);
   const uint32_t units = measure_block<kHeadDim, kForm>(call, maps, row_halves);
   if (threadIdx.x == 0) {
@@ -419,7 +432,7 @@ __global__ void __launch_bounds__(kThreads) encode_kernel(EncodeCall call) {
   constexpr int kRows = BlockShape<kHeadDim>::kRows;
   __shared__ uint32_t row_halves[kRows];
   __shared__ uint32_t row_words[kWarps][kRowValues / 2];
-  __shared__ OutlierMaps<kHeadDim> maps;
+  __shared__ Maps<kHeadDim, kForm> maps;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   uint32_t* words = row_words[threadIdx.x / 32];
   make_bases<kHeadDim, kForm>(call);
@@ -469,6 +482,8 @@ void for_form(Form form, const Run& run) {
       return run(FixedForm<Form::lossless>());
     case Form::resident:
       return run(FixedForm<Form::resident>());
+    case Form::nuq:
+      return run(FixedForm<Form::nuq>());
     case Form::rotated:
       return run(FixedForm<Form::rotated>());
   }

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <cstdlib>
+#include <optional>
 
 #include "backend/cuda/chunk_layout.h"
 #include "backend/residual_pages.h"
@@ -32,14 +33,23 @@ RotatedBase::Code code_of(const std::byte* head_page, const KvFormat& format, in
     const int groups = keys ? head_dim : kPageTokens;
     const cuda::AffineBits affine = cuda::affine_of(part, keys ? dim : token, groups);
     group = {affine.scale, affine.minimum, cuda::levels_of(part, groups)};
-    for (int slot = 0; own.code == KvCode::nuq && slot < outlier_slots(own, head_dim); ++slot) {
-      const uint32_t read = cuda::word_at(part + 4 * groups + kNuqLevels + 4 * slot);
-      if (slot_place(read) == outlier_place(dim, token)) {
-        return outlier_field(slot_value(read));
-      }
-    }
   }
   return {codes[keys ? dim % 8 : token % 8], group};
+}
+
+// The slot of an outlier in the GPU's order; null where the value is none.
+std::optional<uint32_t> outlier_of(const std::byte* head_page, const KvFormat& format, int head_dim, bool keys,
+                                   int token, int dim) {
+  const KvPart own = keys ? format.key() : format.value();
+  const std::byte* part = head_page + (keys ? 0 : cuda::bytes_of(cuda::key_pieces(format.key(), head_dim)));
+  const std::byte* slots = part + 4 * (keys ? head_dim : kPageTokens) + kNuqLevels;
+  for (int slot = 0; own.code == KvCode::nuq && slot < outlier_slots(own, head_dim); ++slot) {
+    const uint32_t read = cuda::word_at(slots + 4 * slot);
+    if (slot_place(read) == outlier_place(dim, token)) {
+      return read;
+    }
+  }
+  return std::nullopt;
 }
 
 // The fields of a page whose packed head pages lie one after the other.
@@ -63,6 +73,9 @@ class Fields {
     const int dim = keys ? i / (32 * kPageTokens) * 32 + i % 32 : i / 32 % head_dim;
     if (format_.rotated) {
       return bases_[static_cast<size_t>(2 * head + (keys ? 0 : 1))].field(token, dim);
+    }
+    if (const auto slot = outlier_of(head_page(head), format_, head_dim, keys, token, dim)) {
+      return outlier_field(slot_value(*slot));
     }
     const auto [code, group] = code_of(head_page(head), format_, head_dim, keys, token, dim);
     return residual_field(keys ? format_.key() : format_.value(), code, group);
