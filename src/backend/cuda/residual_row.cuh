@@ -42,8 +42,12 @@ __device__ inline void unpack_values(const uint4& packed, uint32_t (&values)[kLa
 // A part whose bits and code the compiler knows.
 template <int kBits, KvCode kCode = KvCode::affine>
 struct FixedPart {
+  VERICACHE_BOTH constexpr operator KvPart() const { return KvPart(kBits, kCode); }
+};
+template <int kBits>
+struct FixedPart<kBits, KvCode::nuq> {
   int outliers = 0;
-  VERICACHE_BOTH constexpr operator KvPart() const { return KvPart(kBits, kCode, outliers); }
+  VERICACHE_BOTH constexpr operator KvPart() const { return KvPart(kBits, KvCode::nuq, outliers); }
 };
 template <typename Format>
 constexpr bool kTabulated = false;  // few enough codes that the fields of all of them are made first
@@ -57,7 +61,7 @@ template <int kBits>
 constexpr bool kTabulated<FixedPart<kBits, KvCode::nuq>> = true;
 
 // The K (kKeys) or V part of a packed head page, and the codes of a lane's values in it: of a row of K 8 dims of one
-// token, of V 8 tokens of one dim (layout.h). Format: FixedPart, or KvPart for those that are rarely met.
+// token, of V 8 tokens of one dim (layout.h). Format: FixedPart.
 template <int kHeadDim, bool kKeys, typename Format>
 struct PackedPart {
   static constexpr int kAffineGroups = kKeys ? kHeadDim : kPageTokens;
@@ -138,10 +142,10 @@ struct PackedPart {
   }
 };
 
-// run(PackedPart) of the format that a part has, which is nuq or not; not for one that is exact. The widest planes are
-// rarely met.
+// run(PackedPart) of the format that a part has, which is nuq or not; not for one that is exact.
+// Inlined by force: what run refers to would lie in local memory, and its shared memory be read as if it were any.
 template <int kHeadDim, bool kKeys, bool kNuq, typename Run>
-__device__ inline void with_part(const KvPart& part, const Run& run) {
+__device__ __forceinline__ void with_part(const KvPart& part, const Run& run) {
   const auto as = [&](auto format) { run(PackedPart<kHeadDim, kKeys, decltype(format)>{format}); };
   if constexpr (kNuq) {
     part.bits == 2   ? as(FixedPart<2, KvCode::nuq>{part.outliers})
@@ -154,7 +158,10 @@ __device__ inline void with_part(const KvPart& part, const Run& run) {
   } else if (part.code == KvCode::fp8) {
     as(FixedPart<8, KvCode::fp8>());
   } else if (part.code == KvCode::plane) {
-    part.bits == 8 ? as(FixedPart<8, KvCode::plane>()) : as(part);
+    part.bits == 6   ? as(FixedPart<6, KvCode::plane>())
+    : part.bits == 7 ? as(FixedPart<7, KvCode::plane>())
+    : part.bits == 8 ? as(FixedPart<8, KvCode::plane>())
+                     : as(FixedPart<9, KvCode::plane>());
   } else if (part.bits == 2) {
     as(FixedPart<2>());
   } else if (part.bits == 3) {

@@ -129,8 +129,8 @@ __device__ inline void look_up(const uint32_t* table, int first_group, const uin
 
 // The rows of K or V.
 template <int kHeadDim, bool kKeys, bool kNuq>
-__device__ void decode_part(const BlockReader& block, const KvPart& format, const std::byte* packed,
-                            const std::byte* resident, uint32_t* table, uint32_t* map, uint4* out) {
+__device__ __forceinline__ void decode_part(const BlockReader& block, const KvPart& format, const std::byte* packed,
+                                            const std::byte* resident, uint32_t* table, uint32_t* map, uint4* out) {
   constexpr int kRows = BlockShape<kHeadDim>::kKeyRows;  // as many of V
   constexpr int kFirst = kKeys ? 0 : kRows;
   const int warp = static_cast<int>(threadIdx.x) / 32;
@@ -207,6 +207,8 @@ __global__ void __launch_bounds__(kThreads, kForm == Form::rotated ? 3 : 4) deco
   const int page = static_cast<int>(blockIdx.x);
   const int head = static_cast<int>(blockIdx.y);
   const KvFormat format = args.resident.format;
+  // Sizes of parts with outliers take many instructions, which every block of the other forms would wait for.
+  __builtin_assume((format.code == KvCode::nuq) == (kForm == Form::nuq));
   const std::byte* keys = nullptr;
   const std::byte* values = nullptr;
   std::byte* const packed_keys = coded + Memory::kPackedAt;
