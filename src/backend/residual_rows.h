@@ -231,7 +231,7 @@ void decode_page(const KvShape& shape, ResidualCode code, const KvFormat& format
       std::memcpy(&end, in + static_cast<size_t>(head) * sizeof(end), sizeof(end));
     }
     end = std::min(end, in_units);
-    const std::byte* block = in + begin * kResidualUnit;
+    const std::byte* block = in + std::min(begin, in_units) * kResidualUnit;
     const size_t block_bytes = end > begin ? (end - begin) * kResidualUnit : 0;
     size_t row_begin = static_cast<size_t>(rows) * sizeof(uint16_t);
     for (int row = 0; row < rows; ++row) {

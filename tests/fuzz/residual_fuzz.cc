@@ -3,7 +3,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <memory>
 #include <vector>
 
 #include "backend/residual_rows.h"
@@ -83,8 +82,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   check(std::memcmp(values.data(), back.data(), page) == 0, "every bit came back");
 
   const size_t hostile_units = (size - 2) / kResidualUnit;
-  std::vector<std::byte> hostile(hostile_units * kResidualUnit);
-  std::memcpy(hostile.data(), data + 2, hostile.size());
+  const auto* first = reinterpret_cast<const std::byte*>(data + 2);
+  const std::vector<std::byte> hostile(first, first + hostile_units * kResidualUnit);
   decode_page(c.shape, c.code, c.format, hostile.data(), static_cast<uint32_t>(hostile_units), field_of, resident_part,
               back.data());
   return 0;
