@@ -171,13 +171,6 @@ struct RotatedPart {
   }
 };
 
-// As many ones as the low five bits of `count` say.
-__device__ inline uint32_t ones(uint32_t count) {
-  uint32_t mask;
-  asm("bmsk.wrap.b32 %0, 0, %1;" : "=r"(mask) : "r"(count));
-  return mask;
-}
-
 // rotated_field() in a word, without a branch: its bits in the first byte, in the second whether the sign is one of
 // them, top and sign in the high half. The low bits count modulo 32 wherever they shift or mask, whatever stands above.
 __device__ inline uint32_t pack_rotated_field(float base, float reach) {
@@ -185,7 +178,7 @@ __device__ inline uint32_t pack_rotated_field(float base, float reach) {
   // The number of magnitudes in the high half, the smallest in the low one.
   const uint32_t count = range * 0xffff0001u + 0x10000u;
   const uint32_t bits = min(31u - static_cast<uint32_t>(__clz(static_cast<int>(count))), 15u + kOpenBits) - 15u;
-  const int spare = max(static_cast<int>(ones(bits) - (count >> 16)), 0);
+  const int spare = max(static_cast<int>(low_ones(bits) - (count >> 16)), 0);
   const uint32_t moved = range + static_cast<uint32_t>(spare) / 2 * 0x10000u;
   const bool either = rotated_either_sign(base, reach);
   const uint32_t low = bits + (either ? 0x101u : 0);
@@ -216,7 +209,7 @@ __device__ inline uint4 read_rotated(const BlockReader& block, uint32_t begin, u
     uint32_t at = 0;
 #pragma unroll
     for (int i = 4 * half; i < 4 * half + 4; ++i) {
-      const uint32_t mask = ones(fields[i]);
+      const uint32_t mask = low_ones(fields[i]);
       const uint32_t coded = __funnelshift_r(low, high, at) & mask;
       const uint32_t below = __funnelshift_r(coded, coded, fields[i] >> 8);
       values[i] = fields[i] - below * 0x10000u;
@@ -239,11 +232,8 @@ __device__ inline uint4 read_rotated(const BlockReader& block, uint32_t begin, u
       }
     }
   }
-  const auto join = [&](int i) {
-    return __byte_perm(values[i], values[i + 1], 0x7632) ^
-           (__byte_perm(turned[i], turned[i + 1], 0x7733) & 0x80008000u);
-  };
-  return make_uint4(join(0), join(2), join(4), join(6));
+  return make_uint4(join_signed(values, turned), join_signed(values + 2, turned + 2),
+                    join_signed(values + 4, turned + 4), join_signed(values + 6, turned + 6));
 }
 
 // Row `row` of a block of `rows`: as it is, or what read(begin, halves) makes of it.
