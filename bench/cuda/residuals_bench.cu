@@ -1,10 +1,13 @@
 // Times encode and decode of pages as they cross the wire: one layer of a 31k-token sequence of an 8B model. Medians;
 // bytes are those of the bf16 pages.
+//   residuals_bench [NAME]    all formats, or those whose name begins so
 #include <cuda_runtime.h>
 
 #include <algorithm>
 #include <cstdio>
 #include <functional>
+#include <string>
+#include <string_view>
 #include <vector>
 
 #include "backend/cuda/ops.h"
@@ -159,23 +162,28 @@ void bench(const char* name, const KvFormat& format, ResidualCode code, const Me
 }  // namespace
 }  // namespace vericache::cuda
 
-int main() {
+int main(int argc, char** argv) {
   using namespace vericache;
+  const std::string_view wanted = argc > 1 ? argv[1] : "";
   const cuda::Memory memory;
   cuda::fill_kernel<<<1024, 256>>>(reinterpret_cast<uint16_t*>(memory.plain),
                                    cuda::kSets * cuda::kPages * memory.page / 2);
-  cuda::bench("plane 8", {8, 8, KvCode::plane}, ResidualCode::resident, memory);
-  cuda::bench("kvquant 4", {4, 4, KvCode::nuq, false, 10}, ResidualCode::resident, memory);
-  cuda::bench("kvquant 3", {3, 3, KvCode::nuq, false, 10}, ResidualCode::resident, memory);
-  cuda::bench("int8", {8, 8, KvCode::int8}, ResidualCode::resident, memory);
+  const auto bench = [&](const std::string& name, const KvFormat& format,
+                         ResidualCode code = ResidualCode::resident) {
+    if (name.starts_with(wanted)) {
+      cuda::bench(name.c_str(), format, code, memory);
+    }
+  };
+  bench("plane 8", {8, 8, KvCode::plane});
+  bench("kvquant 4", {4, 4, KvCode::nuq, false, 10});
+  bench("kvquant 3", {3, 3, KvCode::nuq, false, 10});
+  bench("int8", {8, 8, KvCode::int8});
   for (const int bits : {8, 6, 4, 3, 2}) {
-    const std::string name = "kivi " + std::to_string(bits);
-    cuda::bench(name.c_str(), {bits, bits}, ResidualCode::resident, memory);
+    bench("kivi " + std::to_string(bits), {bits, bits});
   }
   for (const int bits : {8, 6, 4, 3, 2}) {
-    const std::string name = "quarot " + std::to_string(bits);
-    cuda::bench(name.c_str(), {bits, bits, KvCode::affine, true}, ResidualCode::resident, memory);
+    bench("quarot " + std::to_string(bits), {bits, bits, KvCode::affine, true});
   }
-  cuda::bench("lossless", {4, 4}, ResidualCode::lossless, memory);
+  bench("lossless", {4, 4}, ResidualCode::lossless);
   return 0;
 }
