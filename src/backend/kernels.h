@@ -249,6 +249,9 @@ struct DecodeArgs {
   int count = 0;
   KvView resident{};
   std::byte* out = nullptr;  // bf16 pages, one after the other
+  // Given, every page is proved as prove() does it: (count), and where those that differ are counted.
+  const uint64_t* checksums = nullptr;
+  uint32_t* mismatches = nullptr;
 };
 
 class Kernels : public Lane {

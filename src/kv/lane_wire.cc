@@ -237,21 +237,24 @@ void LaneWire::await(Fetch& fetch, int layer, Kernels& lane) {
     if (part.pages == 0) {
       continue;
     }
-    if (coded()) {
-      lane.decode({.shape = shape_,
-                   .code = options_.code,
-                   .in = in + ends_bytes(part.pages),
-                   .ends = reinterpret_cast<const uint32_t*>(in),
-                   .count = part.pages,
-                   .resident = resident_of(part, layer),
-                   .out = staged(fetch, layer, part.first_staged)});
-      in += ends_bytes(part.pages) + part.full->end(layer, part.pages - 1);
+    std::byte* const pages = staged(fetch, layer, part.first_staged);
+    const uint64_t* const checksums = part.full->checksums(layer);
+    uint32_t* const mismatches = lane_fetch.mismatches(i);
+    if (!coded()) {
+      lane.prove({.first = pages, .stride = page_bytes_, .bytes = page_bytes_, .count = part.pages}, checksums,
+                 mismatches);
+      continue;
     }
-    lane.prove({.first = staged(fetch, layer, part.first_staged),
-                .stride = page_bytes_,
-                .bytes = page_bytes_,
-                .count = part.pages},
-               part.full->checksums(layer), lane_fetch.mismatches(i));
+    lane.decode({.shape = shape_,
+                 .code = options_.code,
+                 .in = in + ends_bytes(part.pages),
+                 .ends = reinterpret_cast<const uint32_t*>(in),
+                 .count = part.pages,
+                 .resident = resident_of(part, layer),
+                 .out = pages,
+                 .checksums = checksums,
+                 .mismatches = mismatches});
+    in += ends_bytes(part.pages) + part.full->end(layer, part.pages - 1);
   }
   if (coded()) {
     check(fetch.ticket(layer) == released_, "layers are decoded in order");

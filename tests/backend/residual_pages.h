@@ -72,6 +72,8 @@ class ResidualPages {
     back_ = device_->allocate(count * page_bytes(shape) + kCanary, "decoded pages");
     sizes_ = device_->allocate_array<uint32_t>(count * heads, "sizes");
     ends_ = host_->allocate_array<uint32_t>(count, "ends");
+    checksums_ = host_->allocate_array<uint64_t>(count, "checksums");
+    mismatches_ = host_->allocate_array<uint32_t>(1, "mismatches");
     plain_view_ = make_view({}, plain_, page_bytes(shape), head_page_bytes({}, shape));
     packed_view_ = make_view(format, packed_, heads * head_page_bytes(format, shape), head_page_bytes(format, shape));
   }
@@ -87,6 +89,8 @@ class ResidualPages {
                     .first = 0,
                     .count = pages_,
                     .out = packed_view_});
+    const size_t bytes = page_bytes(shape_);
+    lane_.checksum({.first = plain_, .stride = bytes, .bytes = bytes, .count = pages_}, checksums_);
   }
 
   // The encoded pages; empty if more was written than the bound.
@@ -117,20 +121,23 @@ class ResidualPages {
     coded.resize(bytes);
     return coded;
   }
-  // What any bytes decode to; empty if anything behind the pages was written.
+  // What any bytes decode to; empty if anything behind the pages was written. Proved on the way: mismatches().
   std::vector<bf16> decode(ResidualCode code, const std::vector<std::byte>& coded) {
     device_->write(coded_, coded.data(), coded.size());
     const size_t bytes = static_cast<size_t>(pages_) * page_bytes(shape_);
     std::vector<std::byte> back(bytes + kCanary, std::byte{0x5a});
     device_->write(back_, back.data(), back.size());
-    lane_.decode({.shape = shape_,
-                  .code = code,
-                  .in = coded_,
-                  .ends = ends_,
-                  .count = pages_,
-                  .resident = packed_view_,
-                  .out = back_});
-    lane_.wait(lane_.mark());
+    *mismatches_ = 0;
+    kernels_->decode({.shape = shape_,
+                      .code = code,
+                      .in = coded_,
+                      .ends = ends_,
+                      .count = pages_,
+                      .resident = packed_view_,
+                      .out = back_,
+                      .checksums = checksums_,
+                      .mismatches = mismatches_});
+    kernels_->wait(kernels_->mark());
     device_->read(back.data(), back_, back.size());
     if (!std::all_of(back.begin() + static_cast<ptrdiff_t>(bytes), back.end(),
                      [](std::byte b) { return b == std::byte{0x5a}; })) {
@@ -141,6 +148,16 @@ class ResidualPages {
     return values;
   }
   const std::vector<bf16>& values() const { return values_; }
+  // Pages that decode() made other than they were.
+  uint32_t mismatches() const { return *static_cast<volatile const uint32_t*>(mismatches_); }
+  int pages_unlike(const std::vector<bf16>& others) const {
+    const size_t page = page_bytes(shape_) / sizeof(bf16);
+    int unlike = 0;
+    for (size_t first = 0; first < values_.size(); first += page) {
+      unlike += std::memcmp(&values_[first], &others[first], page * sizeof(bf16)) != 0 ? 1 : 0;
+    }
+    return unlike;
+  }
   std::vector<std::byte> packed() const {
     std::vector<std::byte> bytes(static_cast<size_t>(pages_ * shape_.kv_heads) * head_page_bytes(format_, shape_));
     device_->read(bytes.data(), packed_, bytes.size());
@@ -179,6 +196,8 @@ class ResidualPages {
   std::byte* back_;
   uint32_t* sizes_;
   uint32_t* ends_;
+  uint64_t* checksums_;
+  uint32_t* mismatches_;
   KvView plain_view_;
   KvView packed_view_;
   std::vector<bf16> values_;

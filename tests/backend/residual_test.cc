@@ -53,6 +53,7 @@ TEST(Residuals, EveryBitComesBack) {
       ASSERT_FALSE(coded.empty());
       ASSERT_EQ(pages.decode(c.code, coded), pages.values()) << c.shape.head_dim << " dims, bits " << c.format.key_bits
                                                              << ", " << c.format.value_bits << ", filling " << filling;
+      ASSERT_EQ(pages.mismatches(), 0u);
     }
   }
 }
@@ -119,7 +120,9 @@ TEST(Residuals, HostileBlocksDoNoHarm) {
                                   : static_cast<size_t>(random.below(std::min(reach, static_cast<int>(coded.size()))));
         hostile[at] = static_cast<std::byte>(random.below(256));
       }
-      ASSERT_FALSE(pages.decode(c.code, hostile).empty());
+      const std::vector<bf16> back = pages.decode(c.code, hostile);
+      ASSERT_FALSE(back.empty());
+      ASSERT_EQ(pages.mismatches(), static_cast<uint32_t>(pages.pages_unlike(back)));
     }
     ASSERT_EQ(pages.decode(c.code, coded), pages.values());
   }

@@ -129,7 +129,13 @@ class CpuKernels final : public Kernels {
 
   void copy(std::span<const BlockCopy> copies) override { copy_blocks(copies, pool_); }
   void encode(const EncodeArgs& args) override { encode_residuals(args); }
-  void decode(const DecodeArgs& args) override { decode_residuals(args); }
+  void decode(const DecodeArgs& args) override {
+    decode_residuals(args);
+    if (args.checksums != nullptr) {
+      const size_t bytes = page_bytes(args.shape);
+      prove({.first = args.out, .stride = bytes, .bytes = bytes, .count = args.count}, args.checksums, args.mismatches);
+    }
+  }
   void zero(std::byte* target, size_t bytes) override { std::fill_n(target, bytes, std::byte{0}); }
   void checksum(const BlockRow& blocks, uint64_t* checksums) override { checksum_blocks(blocks, checksums, pool_); }
   void prove(const BlockRow& blocks, const uint64_t* checksums, uint32_t* mismatches) override {

@@ -2,6 +2,7 @@
 // 16-byte vectors summed apart, so that a handful of blocks still draws on many multiprocessors.
 #include "backend/cuda/checksum.h"
 #include "backend/cuda/cluster.cuh"
+#include "backend/cuda/mismatches.cuh"
 #include "backend/cuda/ops.h"
 #include "base/check.h"
 
@@ -41,35 +42,10 @@ __device__ uint64_t sum_slice(const uint4* block, uint32_t begin, uint32_t end) 
   return sum;
 }
 
-__device__ uint64_t sum_of_warp(uint64_t sum) {
-  for (int step = 16; step > 0; step /= 2) {
-    sum += __shfl_xor_sync(~0u, sum, step);
-  }
-  return sum;
-}
-
-// Of every block's speaker: the last one tells the host how many blocks differ. A GPU has no atomics on host memory.
-__device__ void count_mismatch(bool differs, unsigned int blocks, uint32_t* mismatches, uint32_t* scratch) {
-  if (differs) {
-    atomicAdd(&scratch[0], 1u);
-  }
-  __threadfence();
-  if (atomicAdd(&scratch[1], 1u) + 1 == blocks) {
-    __threadfence();
-    const uint32_t count = atomicExch(&scratch[0], 0u);
-    scratch[1] = 0;
-    if (count > 0) {
-      auto* host = static_cast<volatile uint32_t*>(mismatches);
-      *host = *host + count;
-      __threadfence_system();
-    }
-  }
-}
-
 // expected null: the checksums are written; else compared, and the blocks that differ counted.
 __global__ void __launch_bounds__(kThreads, 4)
     checksum_kernel(BlockRow blocks, uint64_t* checksums, const uint64_t* expected, uint32_t* mismatches,
-                    uint32_t* scratch) {
+                    uint32_t* counters) {
   __shared__ Shared shared;
   const Cluster cluster;
   const bool speaker = cluster.rank() == 0 && threadIdx.x == 0;
@@ -83,7 +59,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   const uint32_t begin = min(static_cast<uint32_t>(cluster.rank()) * share, vectors);
   const auto* block =
       reinterpret_cast<const uint4*>(blocks.first + static_cast<size_t>(cluster.index()) * blocks.stride);
-  const uint64_t own = sum_of_warp(sum_slice(block, begin, min(begin + share, vectors)));
+  const uint64_t own = sum_of_lanes(sum_slice(block, begin, min(begin + share, vectors)));
   if (threadIdx.x % 32 == 0) {
     shared.warps[threadIdx.x / 32] = own;
   }
@@ -104,14 +80,14 @@ __global__ void __launch_bounds__(kThreads, 4)
     if (expected == nullptr) {
       checksums[place] = sum;
     } else {
-      count_mismatch(sum != wanted, static_cast<unsigned int>(blocks.count), mismatches, scratch);
+      count_mismatch(sum != wanted, static_cast<unsigned int>(blocks.count), mismatches, counters);
     }
   }
   cluster.sync();
 }
 
 void launch(const BlockRow& blocks, uint64_t* checksums, const uint64_t* expected, uint32_t* mismatches,
-            uint32_t* scratch, const char* name, cudaStream_t stream) {
+            uint32_t* counters, const char* name, cudaStream_t stream) {
   check(blocks.bytes % 16 == 0 && blocks.stride % 16 == 0 && reinterpret_cast<uintptr_t>(blocks.first) % 16 == 0,
         "blocks that are summed are made of 16-byte vectors");
   check(blocks.bytes / 16 < size_t{1} << 31, "a block that is summed is smaller than 32 GiB");
@@ -120,7 +96,7 @@ void launch(const BlockRow& blocks, uint64_t* checksums, const uint64_t* expecte
   }
   const int size = cluster_blocks(blocks.count, kMostBlocks, static_cast<int64_t>(blocks.bytes), kLeastSlice);
   launch_clusters(checksum_kernel, name, blocks.count, size, kThreads, stream, blocks, checksums, expected, mismatches,
-                  scratch);
+                  counters);
 }
 
 }  // namespace
@@ -129,9 +105,9 @@ void checksum(const BlockRow& blocks, uint64_t* checksums, cudaStream_t stream) 
   launch(blocks, checksums, nullptr, nullptr, nullptr, "checksum", stream);
 }
 
-void prove(const BlockRow& blocks, const uint64_t* checksums, uint32_t* mismatches, uint32_t* scratch,
+void prove(const BlockRow& blocks, const uint64_t* checksums, uint32_t* mismatches, uint32_t* counters,
            cudaStream_t stream) {
-  launch(blocks, nullptr, checksums, mismatches, scratch, "prove", stream);
+  launch(blocks, nullptr, checksums, mismatches, counters, "prove", stream);
 }
 
 }  // namespace vericache::cuda

@@ -49,19 +49,20 @@ struct PassLane {
         product(stream),
         attention_scratch(exact ? attention_scratch_bytes(limits) : 0, "the partial results of attention"),
         draft_scratch(draft_attention_scratch_bytes(limits), "the partial results of draft attention"),
-        proof_scratch(2 * sizeof(uint32_t), "the counters of proofs") {
-    check_cuda(cudaMemset(proof_scratch.as<void>(), 0, proof_scratch.bytes()), "zeroing the counters of proofs");
+        proofs((2 + static_cast<size_t>(limits.max_context_tokens / kPageTokens)) * sizeof(PageProof), "proofs") {
+    check_cuda(cudaMemset(proofs.as<void>(), 0, proofs.bytes()), "zeroing the counters of proofs");
   }
 
   size_t device_bytes() const {
-    return stage.device_bytes() + product.device_bytes() + attention_scratch.bytes() + draft_scratch.bytes();
+    return stage.device_bytes() + product.device_bytes() + attention_scratch.bytes() + draft_scratch.bytes() +
+           proofs.bytes();
   }
 
   PassStage stage;
   ProductLane product;
   DeviceMemory attention_scratch;
   DeviceMemory draft_scratch;
-  DeviceMemory proof_scratch;
+  DeviceMemory proofs;
   DraftGraphs graphs;
 };
 
@@ -150,10 +151,12 @@ class CudaKernels final : public Kernels {
   }
   void delay(int microseconds) override { cuda::delay(microseconds, stream()); }
   void encode(const EncodeArgs& args) override { cuda::encode(args, stream()); }
-  void decode(const DecodeArgs& args) override { cuda::decode(args, stream()); }
+  void decode(const DecodeArgs& args) override {
+    cuda::decode(args, args.checksums != nullptr ? passes().proofs.as<PageProof>() : nullptr, stream());
+  }
   void checksum(const BlockRow& blocks, uint64_t* checksums) override { cuda::checksum(blocks, checksums, stream()); }
   void prove(const BlockRow& blocks, const uint64_t* checksums, uint32_t* mismatches) override {
-    cuda::prove(blocks, checksums, mismatches, passes().proof_scratch.as<uint32_t>(), stream());
+    cuda::prove(blocks, checksums, mismatches, passes().proofs.as<PageProof>()->counters(), stream());
   }
 
  private:

@@ -109,9 +109,19 @@ void quantize_head_page(const std::byte* source, int tokens, const KvShape& shap
 void dequantize_head_page(const std::byte* source, const KvShape& shape, const KvFormat& format, std::byte* out,
                           cudaStream_t stream);
 
-// residuals.cu
+// residual_encode.cu
 void encode(const EncodeArgs& args, cudaStream_t stream);
-void decode(const DecodeArgs& args, cudaStream_t stream);
+
+// What is known so far of a page that is proved: device memory, one for each page of a call and one before them, zero
+// before the first call, a row of them for each stream.
+struct PageProof {
+  unsigned long long sum = 0;
+  uint32_t blocks = 0;
+  uint32_t unused = 0;
+  VERICACHE_BOTH uint32_t* counters() { return &blocks; }  // of the one before the pages: two words
+};
+// residual_decode.cu. proofs: needed where args.checksums are given.
+void decode(const DecodeArgs& args, PageProof* proofs, cudaStream_t stream);
 
 // attention_mass.cu
 void attention_mass(const MassArgs& args, cudaStream_t stream);
@@ -131,9 +141,9 @@ void expected_attention(const ExpectedArgs& args, cudaStream_t stream);
 // sampling.cu
 void choose(const float* logits, const StagedPass& pass, int vocabulary, cudaStream_t stream);
 
-// checksum.cu. scratch: two words of device memory, zero before the first call, one pair for each stream.
+// checksum.cu. counters: two words of device memory, zero before the first call, a pair for each stream.
 void checksum(const BlockRow& blocks, uint64_t* checksums, cudaStream_t stream);
-void prove(const BlockRow& blocks, const uint64_t* checksums, uint32_t* mismatches, uint32_t* scratch,
+void prove(const BlockRow& blocks, const uint64_t* checksums, uint32_t* mismatches, uint32_t* counters,
            cudaStream_t stream);
 
 }  // namespace vericache::cuda

@@ -60,9 +60,7 @@ __device__ void write_outliers(const BlockReader& block, const std::byte* packed
       continue;
     }
     const uint32_t index = outlier_index<kHeadDim, kKeys>(slots[i]) + (kKeys ? 0 : kPartRows * kRowValues);
-    const uint32_t row = index / kRowValues;
-    const uint32_t begin = row == 0 ? 2 * kPartRows : block.half(row - 1);
-    if (block.half(row) - begin != kRowHalves) {
+    if (!block.row(static_cast<int>(index / kRowValues)).raw()) {
       out[index] = static_cast<uint16_t>(slot_value(slots[i]));
     }
   }

@@ -6,24 +6,38 @@
 
 namespace vericache::cuda {
 
-// A field in a word, for tables: its bits in the first byte, in the second whether the sign is one of them, top and
-// sign in the high half. The low bits count modulo 32 wherever they shift or mask, whatever stands above them.
+// A field in a word: its bits in the first byte; whether its sign is one of them in bit 15; the top from bit 16 on; in
+// bit 31 the sign, where that is coded a one. What is below the top, times 2^16, or the bits as they are, sign and all,
+// times 2^15, is taken from this word: then the high half is the value, but for a sign that is to be changed where bit 15
+// is still set. The low bits count modulo 32 wherever they shift or mask, whatever stands above them.
+constexpr uint32_t kCodesSign = 0x80008000u;  // with the highest bit, which belongs to it
 __device__ inline uint32_t pack_field(const ResidualField& field) {
-  return static_cast<uint32_t>(field.bits()) | (field.either_sign ? 1u << 8 : 0) | field.top << 16 |
-         (field.negative ? 1u << 31 : 0);
+  return static_cast<uint32_t>(field.bits()) | field.top << 16 |
+         (field.either_sign ? kCodesSign : field.negative ? 1u << 31 : 0);
+}
+// What a bit more in a field takes from its word.
+__device__ inline uint32_t field_step(uint32_t field) {
+  return select_or(field, 0x8000u, 0xffff0000u);  // -2^15 or -2^16
+}
+// The rest with the sign of a word.
+__device__ inline uint32_t select_sign(uint32_t of, uint32_t rest) {
+  return select_or(of, 0x80000000u, rest);
 }
 // The same of interval_field(), without a branch.
 __device__ inline uint32_t pack_interval_field(float first, float last, float scale, float minimum) {
-  const float low = minimum + first * scale;
-  const float high = minimum + last * scale;
+  // The products are exact: only the sums round.
+  const float low = fmaf(first, scale, minimum);
+  const float high = fmaf(last, scale, minimum);
   const uint32_t pair = residual_round(low, high);
-  const uint32_t either = (pair << 16 ^ pair) >> 31;
-  const uint32_t magnitude_low = pair & 0x7fffu;
-  const uint32_t magnitude_high = pair >> 16 & 0x7fffu;
-  const uint32_t top = max(magnitude_low, magnitude_high);
-  const uint32_t bottom = min(magnitude_low, magnitude_high) & (either - 1);
-  const uint32_t bits = min(32u - static_cast<uint32_t>(__clz(static_cast<int>(top - bottom))), uint32_t{kOpenBits});
-  const uint32_t packed = select_or(pair, 0x80000000u, top << 16) + bits + either * 0x101u;
+  const uint32_t turned = __byte_perm(pair, 0, 0x1032);
+  const auto either = static_cast<uint32_t>(static_cast<int32_t>(pair ^ turned) >> 31);  // all ones or none
+  // In both halves the larger magnitude, and the smaller one.
+  const uint32_t top = __vmaxu2(pair & 0x7fff7fffu, turned & 0x7fff7fffu);
+  const uint32_t bottom = __vminu2(pair & 0x7fff7fffu, turned & 0x7fff7fffu) & ~either;
+  // The highest bit of the difference in the high half; none there is 15.
+  const auto highest = 31u - static_cast<uint32_t>(__clz(static_cast<int>((top | 0x8000u) - bottom)));
+  const uint32_t bits = min(highest - 15u, uint32_t{kOpenBits});
+  const uint32_t packed = (select_or(either, kCodesSign | 1u, select_sign(pair, top << 16))) + bits;
   return low <= high ? packed : pack_field({});
 }
 // And of affine_field().
@@ -52,30 +66,59 @@ __device__ inline uint32_t low_ones(uint32_t count) {
   return mask;
 }
 
-// Whatever the block holds, nothing outside its memory is read: a place beyond it is taken for its last.
-struct BlockReader {
-  const uint32_t* words;
-  uint32_t most;  // the last word behind which two more are there
-
-  // 64 bits.
-  __device__ void window(uint32_t at, uint32_t& low, uint32_t& high) const {
-    const uint32_t* from = words + min(at / 32, most);
-    const uint32_t middle = from[1];
-    low = __funnelshift_r(from[0], middle, at % 32);
-    high = __funnelshift_r(middle, from[2], at % 32);
-  }
-  __device__ uint32_t half(uint32_t index) const { return words[min(index / 2, most)] >> (16 * (index % 2)) & 0xffffu; }
-  __device__ uint32_t byte(uint32_t index) const { return words[min(index / 4, most)] >> (8 * (index % 4)) & 0xffu; }
+// A row of a block, in halves of 2 bytes from its beginning.
+struct RowSpan {
+  uint32_t begin = 0;
+  uint32_t halves = 0;
+  __device__ bool raw() const { return halves == kRowHalves; }
 };
+
+// A block in shared memory. Whatever it holds, nothing outside its memory is read: a row that begins beyond it is taken
+// to begin at its end, and kBehind bytes of whatever there is behind that may be read.
+struct BlockReader {
+  static constexpr size_t kBefore = 16;  // the half before the block tells where its first row begins
+  static constexpr size_t kBehind = 1024;
+  const std::byte* block;
+  uint32_t most;  // halves
+
+  __device__ static void begin(std::byte* block, int rows) {
+    reinterpret_cast<uint16_t*>(block)[-1] = static_cast<uint16_t>(rows);
+  }
+  __device__ RowSpan row(int row) const {
+    const auto* ends = reinterpret_cast<const uint16_t*>(block) + row;
+    const uint32_t before = ends[-1];
+    return {min(before, most), ends[0] - before};
+  }
+  // 64 bits from bit `at` on.
+  __device__ void window(uint32_t at, uint32_t& low, uint32_t& high) const {
+    const auto* from = reinterpret_cast<const uint32_t*>(block + (at >> 3 & ~3u));
+    const uint32_t middle = from[1];
+    low = __funnelshift_r(from[0], middle, at);
+    high = __funnelshift_r(middle, from[2], at);
+  }
+  __device__ uint32_t half(uint32_t index) const { return reinterpret_cast<const uint16_t*>(block)[index]; }
+  __device__ uint32_t byte(uint32_t index) const { return static_cast<uint32_t>(block[index]); }
+};
+// Behind its beginning a row reads its fields, at most a lossless one's, and a value for each of its escapes at most.
+static_assert(BlockReader::kBehind >= kRowValues * kLosslessBits / 8 + 2 * kRowValues + 64);
 
 // The low halves of the values.
 __device__ inline uint4 join_halves(const uint32_t (&values)[kLaneValues]) {
   return make_uint4(__byte_perm(values[0], values[1], 0x5410), __byte_perm(values[2], values[3], 0x5410),
                     __byte_perm(values[4], values[5], 0x5410), __byte_perm(values[6], values[7], 0x5410));
 }
-// The high halves of two values, the sign of each changed where the highest bit of its `turned` is set.
-__device__ inline uint32_t join_signed(const uint32_t* values, const uint32_t* turned) {
-  return __byte_perm(values[0], values[1], 0x7632) ^ (__byte_perm(turned[0], turned[1], 0x7733) & 0x80008000u);
+// Two values from the words that their fields leave.
+__device__ inline uint32_t join_values(uint32_t first, uint32_t second) {
+  return __byte_perm(first, second, 0x7632) ^ (__byte_perm(first, second, 0x5410) & 0x80008000u);
+}
+// Replaces the value at `index`, 0 .. 7; not below or above.
+__device__ inline void put_value(uint4& vector, uint32_t index, uint32_t value) {
+  const uint32_t order = (index & 1) != 0 ? 0x5410 : 0x3254;
+  const uint32_t word = index / 2;
+  vector.x = word == 0 ? __byte_perm(vector.x, value, order) : vector.x;
+  vector.y = word == 1 ? __byte_perm(vector.y, value, order) : vector.y;
+  vector.z = word == 2 ? __byte_perm(vector.z, value, order) : vector.z;
+  vector.w = word == 3 ? __byte_perm(vector.w, value, order) : vector.w;
 }
 
 __device__ inline uint4 read_raw(const BlockReader& block, uint32_t begin, int lane) {
@@ -87,61 +130,84 @@ __device__ inline uint4 read_raw(const BlockReader& block, uint32_t begin, int l
   return join_halves(values);
 }
 
-// fields: packed. The row has `halves`.
-__device__ inline uint4 read_coded(const BlockReader& block, uint32_t begin, uint32_t halves,
-                                   const uint32_t (&fields)[kLaneValues]) {
+// What escapes: of intervals all ones of kOpenBits bits, of likely ranges all ones of however many. kept(): what is
+// looked at, given what a field's bits take and what all ones would: kMost or less of those that escape.
+struct OpenEscapes {
+  static constexpr int32_t kMost = -(((1 << (kOpenBits + 1)) - 2) << 15);
+  __device__ static int32_t kept(uint32_t taken, uint32_t /*all*/) { return static_cast<int32_t>(taken); }
+};
+struct LikelyEscapes {
+  static constexpr int32_t kMost = 1 << 15;
+  __device__ static int32_t kept(uint32_t taken, uint32_t all) { return static_cast<int32_t>(taken - all); }
+};
+
+// kRows coded rows at once, one sum over the lanes for two of them. Of a raw row it gives something.
+template <typename Escapes, int kRows>
+__device__ __forceinline__ void read_coded(const BlockReader& block, const RowSpan (&rows)[kRows],
+                                           const uint32_t (&fields)[kRows][kLaneValues], uint4 (&out)[kRows]) {
   static_assert(kLaneValues == 8 && 4 * kMostFieldBits <= 64 && 3 * kMostFieldBits < 32);
-  constexpr uint32_t kEscape = (1u << kOpenBits) - 1;
-  const uint32_t first_bits = (fields[0] + fields[1] + fields[2] + fields[3]) & 0xffu;
-  const uint32_t own_bits = (first_bits + fields[4] + fields[5] + fields[6] + fields[7]) & 0xffu;
-  int total;
-  const uint32_t first = begin * 16 + static_cast<uint32_t>(sum_below(static_cast<int>(own_bits), total));
-  uint32_t values[kLaneValues];  // in the high halves
-  uint32_t below[kLaneValues];   // below the top; the sign, where it is coded, in the highest bit
+  static_assert(kRows <= 2 && 32 * kLaneValues * kMostFieldBits < 1 << 16);
+  uint32_t first_bits[kRows];
+  uint32_t own_bits = 0;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    uint32_t low;
-    uint32_t high;
-    block.window(first + (half == 0 ? 0 : first_bits), low, high);
-    uint32_t at = 0;
-#pragma unroll
-    for (int i = 4 * half; i < 4 * half + 4; ++i) {
-      const uint32_t coded = __funnelshift_r(low, high, at) & low_ones(fields[i]);
-      below[i] = __funnelshift_r(coded, coded, fields[i] >> 8);
-      values[i] = fields[i] - below[i] * 0x10000u;
-      at += fields[i];
-    }
+  for (int r = 0; r < kRows; ++r) {
+    const uint32_t(&f)[kLaneValues] = fields[r];
+    first_bits[r] = (f[0] + f[1] + f[2] + f[3]) & 0xffu;
+    own_bits += ((first_bits[r] + f[4] + f[5] + f[6] + f[7]) & 0xffu) << (16 * r);
   }
-  const uint32_t coded_halves = (static_cast<uint32_t>(total) + 15) / 16;
-  if (halves > coded_halves) {
-    uint32_t escaped = 0;
+  int total;
+  const auto bits_before = static_cast<uint32_t>(sum_below(static_cast<int>(own_bits), total));
 #pragma unroll
-    for (int i = 0; i < kLaneValues; ++i) {
-      escaped |= (below[i] & 0x7fffffffu) == kEscape ? 1u << i : 0;
+  for (int r = 0; r < kRows; ++r) {
+    const uint32_t(&f)[kLaneValues] = fields[r];
+    const uint32_t first = rows[r].begin * 16 + (bits_before >> (16 * r) & 0xffffu);
+    uint32_t values[kLaneValues];  // join_values()
+    int32_t least = INT32_MAX;     // the least that is kept of a field, and its index
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint32_t low;
+      uint32_t high;
+      block.window(first + (half == 0 ? 0 : first_bits[r]), low, high);
+      uint32_t at = 0;
+#pragma unroll
+      for (int i = 4 * half; i < 4 * half + 4; ++i) {
+        const uint32_t ones = low_ones(f[i]);
+        const uint32_t step = field_step(f[i]);
+        const uint32_t taken = (__funnelshift_r(low, high, at) & ones) * step;
+        least = min(least, Escapes::kept(taken, ones * step) + i);
+        values[i] = f[i] + taken;
+        at += f[i];
+      }
     }
-    uint32_t next = begin + coded_halves;
-    if (__any_sync(kAllLanes, (escaped & (escaped - 1)) != 0)) {
-      int escapes;
-      next += static_cast<uint32_t>(sum_below(__popc(escaped), escapes));
+    out[r] = make_uint4(join_values(values[0], values[1]), join_values(values[2], values[3]),
+                        join_values(values[4], values[5]), join_values(values[6], values[7]));
+    const uint32_t coded_halves = ((static_cast<uint32_t>(total) >> (16 * r) & 0xffffu) + 15) / 16;
+    const uint32_t escapes = rows[r].halves - coded_halves;
+    if (escapes - 1 < kRowValues) {
+      constexpr int32_t kMost = Escapes::kMost + kLaneValues - 1;
+      const bool escaped = least <= kMost;
+      const uint32_t lanes = __ballot_sync(kAllLanes, escaped);
+      uint32_t next = rows[r].begin + coded_halves;
+      if (static_cast<uint32_t>(__popc(lanes)) == escapes) {  // as a rule no lane has two
+        next += static_cast<uint32_t>(__popc(lanes & lanes_below()));
+        if (escaped) {
+          put_value(out[r], static_cast<uint32_t>(least) % kLaneValues, block.half(next));
+        }
+      } else {
+        uint32_t own = 0;
 #pragma unroll
-      for (int i = 0; i < kLaneValues; ++i) {
-        if ((escaped >> i & 1) != 0) {
-          values[i] = block.half(next++) << 16;
-          below[i] = 0;
+        for (int i = 0; i < kLaneValues; ++i) {
+          own |= Escapes::kept(values[i] - f[i], low_ones(f[i]) * field_step(f[i])) + i <= kMost ? 1u << i : 0;
+        }
+        int all;
+        next += static_cast<uint32_t>(sum_below(__popc(own), all));
+#pragma unroll 1
+        for (; own != 0; own &= own - 1) {
+          put_value(out[r], static_cast<uint32_t>(__ffs(static_cast<int>(own))) - 1, block.half(next++));
         }
       }
-    } else {  // as a rule no lane has two
-      next += static_cast<uint32_t>(__popc(__ballot_sync(kAllLanes, escaped != 0) & lanes_below()));
-      const uint32_t value = block.half(next) << 16;
-#pragma unroll
-      for (int i = 0; i < kLaneValues; ++i) {
-        values[i] = (escaped >> i & 1) != 0 ? value : values[i];
-        below[i] = (escaped >> i & 1) != 0 ? 0 : below[i];
-      }
     }
   }
-  return make_uint4(join_signed(values, below), join_signed(values + 2, below + 2), join_signed(values + 4, below + 4),
-                    join_signed(values + 6, below + 6));
 }
 
 // A row of plane codes, of which none escapes: all fields have one width, and a code's own bits stand above them.

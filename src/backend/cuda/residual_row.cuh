@@ -60,31 +60,34 @@ constexpr bool kPlane<FixedPart<kBits, KvCode::plane>> = true;
 template <int kBits>
 constexpr bool kTabulated<FixedPart<kBits, KvCode::nuq>> = true;
 
-// The K (kKeys) or V part of a packed head page, and the codes of a lane's values in it: of a row of K 8 dims of one
-// token, of V 8 tokens of one dim (layout.h). Format: FixedPart.
+// Where a lane's 8 values of a row of K or V lie: of K 8 dims of one token, from the first on, of V 8 tokens of one dim
+// (layout.h).
+struct LanePlace {
+  int row = 0;  // of the part
+  int token = 0;
+  int dim = 0;
+};
+template <int kHeadDim, bool kKeys>
+__device__ inline LanePlace lane_place(int row, int lane) {
+  return kKeys ? LanePlace{row, row % 8 * 8 + lane / 4, row / 8 * 32 + 8 * (lane % 4)}
+               : LanePlace{row, row / (kHeadDim / 8) * 32 + 8 * (lane % 4), row % (kHeadDim / 8) * 8 + lane / 4};
+}
+
+// The K (kKeys) or V part of a packed head page, and the codes of a lane's values in it. Format: FixedPart.
 template <int kHeadDim, bool kKeys, typename Format>
 struct PackedPart {
   static constexpr int kAffineGroups = kKeys ? kHeadDim : kPageTokens;
   Format format;
 
-  // What the lane's values have in common: of K the token and their first dim, of V the first token and their dim.
-  __device__ static int token_of(int row, int lane) {
-    return kKeys ? row % 8 * 8 + lane / 4 : row / (kHeadDim / 8) * 32 + 8 * (lane % 4);
-  }
-  __device__ static int dim_of(int row, int lane) {
-    return kKeys ? row / 8 * 32 + 8 * (lane % 4) : row % (kHeadDim / 8) * 8 + lane / 4;
-  }
-  __device__ static int first_affine_group(int row, int lane) {
-    return kKeys ? dim_of(row, lane) : token_of(row, lane);
-  }
-  __device__ void read_codes(const std::byte* part, int row, int lane, uint32_t (&codes)[kLaneValues]) const {
+  __device__ static int first_affine_group(const LanePlace& at) { return kKeys ? at.dim : at.token; }
+  __device__ void read_codes(const std::byte* part, const LanePlace& at, uint32_t (&codes)[kLaneValues]) const {
     const KvPart own = format;
     if (!chunked(own)) {
-      read_words(part + group_bytes(own, kHeadDim, kAffineGroups), own.bits, row, lane, codes);
+      read_words(part + group_bytes(own, kHeadDim, kAffineGroups), own.bits, at, codes);
     } else if constexpr (kKeys) {
-      key_codes(part, own, kHeadDim, token_of(row, lane), dim_of(row, lane), codes);
+      key_codes(part, own, kHeadDim, at.token, at.dim, codes);
     } else {
-      value_codes(part, own, kHeadDim, token_of(row, lane), dim_of(row, lane), codes);
+      value_codes(part, own, kHeadDim, at.token, at.dim, codes);
     }
   }
   __device__ ResidualGroup affine_group(const std::byte* part, int group) const {
@@ -93,20 +96,20 @@ struct PackedPart {
   }
   // take(i, code, group) for the lane's values.
   template <typename Take>
-  __device__ void with_codes(const std::byte* part, int row, int lane, const Take& take) const {
+  __device__ void with_codes(const std::byte* part, const LanePlace& at, const Take& take) const {
     const KvPart own = format;
     uint32_t codes[kLaneValues];
-    read_codes(part, row, lane, codes);
+    read_codes(part, at, codes);
     uint32_t first[kLaneValues];
     uint32_t second[kLaneValues] = {};
     if (!own.by_token()) {
-      const auto* affine = reinterpret_cast<const uint16_t*>(part) + first_affine_group(row, lane);
+      const auto* affine = reinterpret_cast<const uint16_t*>(part) + first_affine_group(at);
       unpack_values(*reinterpret_cast<const uint4*>(affine), first);
       unpack_values(*reinterpret_cast<const uint4*>(affine + kAffineGroups), second);
     } else {
 #pragma unroll
       for (int i = 0; i < kLaneValues; ++i) {
-        const int token = token_of(row, lane) + (kKeys ? 0 : i);
+        const int token = at.token + (kKeys ? 0 : i);
         first[i] = own.code == KvCode::int8 ? reinterpret_cast<const uint16_t*>(part)[token] : base_of(part, token);
       }
     }
@@ -115,19 +118,18 @@ struct PackedPart {
       take(i, codes[i], ResidualGroup{first[i], second[i], levels_of(part, kAffineGroups)});
     }
   }
-  __device__ void read_fields(const std::byte* part, int row, int lane, ResidualField (&fields)[kLaneValues]) const {
-    with_codes(part, row, lane, [&](int i, uint32_t code, const ResidualGroup& group) {
+  __device__ void read_fields(const std::byte* part, const LanePlace& at, ResidualField (&fields)[kLaneValues]) const {
+    with_codes(part, at, [&](int i, uint32_t code, const ResidualGroup& group) {
       fields[i] = residual_field(format, code, group);
     });
   }
 
  private:
   // Of packed_layout.h: the 8 codes lie in one word of a plane.
-  __device__ static void read_words(const std::byte* planes, int bits, int row, int lane,
+  __device__ static void read_words(const std::byte* planes, int bits, const LanePlace& at,
                                     uint32_t (&codes)[kLaneValues]) {
     const int width = bits == 2 ? 2 : 4;
-    const CodePlace place = kKeys ? key_place(token_of(row, lane), dim_of(row, lane), width)
-                                  : value_place(token_of(row, lane), dim_of(row, lane), width);
+    const CodePlace place = kKeys ? key_place(at.token, at.dim, width) : value_place(at.token, at.dim, width);
     const auto* words = reinterpret_cast<const uint32_t*>(planes) + place.word;
     const uint32_t high = words[0] >> (bits == 2 ? place.shift : 0);
     const uint32_t low = bits == 8 ? words[plane_bytes(4, kHeadDim) / 4] : 0;

@@ -173,6 +173,7 @@ TEST(ResidualsOnGpu, AreThoseOfThePlainCoder) {
               << static_cast<int>(code) << ", filling " << static_cast<int>(filling) << ", byte "
               << differs.first - coded.begin() << " of " << coded.size() << first_strange(shape, coded, expected);
           ASSERT_EQ(pages.decode(code, coded), pages.values());
+          ASSERT_EQ(pages.mismatches(), 0u);
         }
       }
     }

@@ -1,0 +1,405 @@
+// Pages of full KV from the form in which they cross the wire (residual_code.h), and their proof on the way.
+#include <type_traits>
+
+#include "backend/cuda/checksum.h"
+#include "backend/cuda/mismatches.cuh"
+#include "backend/cuda/residual_forms.cuh"
+#include "backend/cuda/residual_outliers.cuh"
+#include "backend/cuda/rotated_residual.cuh"
+
+namespace vericache::cuda {
+namespace {
+
+constexpr int kThreads = kResidualThreads;
+constexpr int kWarps = kResidualWarps;
+static_assert(kWarps == kOctets);
+
+// What a block has in shared memory: the encoded block, and where that is joined with a packed head page, this, tables
+// of the fields of its codes where they are few, and maps of its outliers, of K and then of V.
+template <int kHeadDim>
+struct DecodeMemory {
+  static constexpr size_t kBlockBytes =
+      (BlockShape<kHeadDim>::kRows * (1 + kRowHalves) * 2 + kResidualUnit - 1) / kResidualUnit * kResidualUnit;
+  static constexpr size_t kBlockAt = BlockReader::kBefore;
+  static constexpr size_t kPackedAt = kBlockAt + kBlockBytes + BlockReader::kBehind;
+  static constexpr size_t kTableAlignment = 64;  // room of a group, so that a code's place is an OR away
+
+  // Exact parts are not brought here.
+  VERICACHE_BOTH static constexpr size_t key_bytes(const KvPart& part) {
+    return part.exact() ? 0 : key_page_bytes(part, {0, 0, kHeadDim});
+  }
+  VERICACHE_BOTH static constexpr size_t value_bytes(const KvPart& part) {
+    return part.exact() ? 0 : value_page_bytes(part, {0, 0, kHeadDim});
+  }
+  VERICACHE_BOTH static constexpr size_t table_bytes(const KvPart& part, int groups) {
+    return !part.by_token() && part.bits <= 4 ? sizeof(uint32_t) * static_cast<size_t>(groups << part.bits) : 0;
+  }
+  VERICACHE_BOTH static constexpr size_t map_bytes(const KvPart& part) {
+    return static_cast<size_t>(outlier_map_bytes(part, kHeadDim));
+  }
+  VERICACHE_BOTH static constexpr size_t values_at(const KvFormat& format) {
+    return kPackedAt + key_bytes(format.key());
+  }
+  // Behind the packed parts: of a rotated format the bases.
+  VERICACHE_BOTH static constexpr size_t tables_at(const KvFormat& format) {
+    const size_t end = values_at(format) + value_bytes(format.value());
+    return (end + kTableAlignment - 1) / kTableAlignment * kTableAlignment;
+  }
+  VERICACHE_BOTH static constexpr size_t value_table_at(const KvFormat& format) {
+    return tables_at(format) + table_bytes(format.key(), kHeadDim);
+  }
+  VERICACHE_BOTH static constexpr size_t maps_at(const KvFormat& format) {
+    return value_table_at(format) + table_bytes(format.value(), kPageTokens);
+  }
+  static constexpr size_t bytes(Form form, const KvFormat& format) {
+    switch (form) {
+      case Form::lossless:
+        return kPackedAt;
+      case Form::rotated:
+        return tables_at(format) + sizeof(RotatedPart<kHeadDim>);
+      case Form::resident:
+      case Form::nuq:
+        break;
+    }
+    return maps_at(format) + map_bytes(format.key()) + map_bytes(format.value());
+  }
+  // 8-bit keys with 4-bit values, the other way round and all others.
+  static constexpr size_t most_bytes(Form form) {
+    return kPackedAt + key_bytes(KvPart(9)) + value_bytes(KvPart(9)) + kTableAlignment +
+           (form == Form::rotated ? sizeof(RotatedPart<kHeadDim>)
+                                  : table_bytes(KvPart(4), kHeadDim) + table_bytes(KvPart(4), kPageTokens));
+  }
+  static_assert(bytes(Form::nuq, {4, 4, KvCode::nuq, false, kMostOutliers}) <= most_bytes(Form::nuq));
+};
+
+// Where a block's rows go, and their share in the page's checksum.
+template <int kHeadDim>
+class HeadPageOut {
+ public:
+  static constexpr int kVectors = BlockShape<kHeadDim>::kHeadPageBytes / sizeof(uint4);
+
+  __device__ HeadPageOut(const DecodeArgs& args, int page, int head)
+      : first_(static_cast<uint32_t>(head * kVectors)),
+        vectors_(reinterpret_cast<uint4*>(args.out) +
+                 static_cast<size_t>(page) * gridDim.y * kVectors + first_),
+        proves_(args.checksums != nullptr) {}
+
+  // row: of the block.
+  __device__ void put(int row, int lane, const uint4& v) {
+    const int at = row * 32 + lane;
+    vectors_[at] = v;
+    if (proves_) {
+      sum_ += checksum_share(v.x | uint64_t{v.y} << 32, v.z | uint64_t{v.w} << 32, first_ + static_cast<uint32_t>(at));
+    }
+  }
+  __device__ uint16_t* values() const { return reinterpret_cast<uint16_t*>(vectors_); }
+  __device__ bool proves() const { return proves_; }
+  __device__ uint64_t sum() const { return sum_; }  // of this thread's rows
+
+ private:
+  uint32_t first_;
+  uint4* vectors_;
+  bool proves_;
+  uint64_t sum_ = 0;
+};
+
+// The block's rows have been put: its share joins those of the page's other heads, and the last of them compares. All
+// threads of the block.
+template <int kHeadDim>
+__device__ void prove_block(const DecodeArgs& args, int page, const HeadPageOut<kHeadDim>& out, PageProof* proofs) {
+  __shared__ unsigned long long block_sum;
+  if (threadIdx.x == 0) {
+    block_sum = 0;
+  }
+  __syncthreads();
+  const uint64_t sum = sum_of_lanes(out.sum());
+  if (threadIdx.x % 32 == 0) {
+    atomicAdd(&block_sum, static_cast<unsigned long long>(sum));
+  }
+  __syncthreads();
+  if (threadIdx.x != 0) {
+    return;
+  }
+  PageProof& proof = proofs[1 + page];
+  atomicAdd(&proof.sum, block_sum);
+  __threadfence();
+  if (atomicAdd(&proof.blocks, 1u) + 1 < gridDim.y) {
+    return;
+  }
+  __threadfence();
+  const uint64_t whole = finish_checksum(atomicExch(&proof.sum, 0ull), gridDim.y * BlockShape<kHeadDim>::kHeadPageBytes);
+  proof.blocks = 0;
+  count_mismatch(whole != args.checksums[page], static_cast<unsigned>(args.count), args.mismatches, proofs->counters());
+}
+
+// All threads of the block; waited for by copies_wait.
+__device__ inline void copy_to_shared(std::byte* target, const std::byte* source, size_t bytes) {
+  for (size_t at = threadIdx.x * size_t{16}; at < bytes; at += size_t{kThreads} * 16) {
+    copy_lane(shared_address(target + at), source + at);
+  }
+}
+
+// Where a group's fields stand in the table, in groups. What the lanes of a warp ask for at once are the groups 8 c +
+// i, c = 0 .. 3: bits 0 and 3 changed places, odd c lie in the other half of the banks.
+__device__ constexpr int table_place(int group) {
+  return (group & ~9) | (group & 1) << 3 | (group >> 3 & 1);
+}
+
+// The fields of all groups and codes of a part. All threads of the block, each for one code.
+template <int kGroups, typename Part>
+__device__ void make_table(const Part& own, const std::byte* part, uint32_t* table) {
+  constexpr KvPart kFormat = decltype(own.format)();
+  constexpr unsigned kCodes = 1u << kFormat.bits;
+  constexpr int kStep = kThreads / kCodes;
+  static_assert(table_place(kStep) == kStep, "the groups of a thread change places alike");
+  const unsigned code = threadIdx.x % kCodes;
+  const auto first = static_cast<int>(threadIdx.x / kCodes);
+  uint32_t* const fields = table + static_cast<unsigned>(table_place(first)) * kCodes + code;
+#pragma unroll
+  for (int step = 0; step < kGroups; step += kStep) {
+    if (kGroups % kStep == 0 || step + first < kGroups) {
+      fields[step * static_cast<int>(kCodes)] =
+          pack_residual_field(kFormat, code, own.affine_group(part, step + first));
+    }
+  }
+}
+
+// The fields of a lane's codes; of its groups, a multiple of 8 and those behind it.
+template <int kBits>
+__device__ inline void look_up(const uint32_t* table, int first_group, const uint32_t (&codes)[kLaneValues],
+                               uint32_t (&fields)[kLaneValues]) {
+  constexpr uint32_t kGroupBytes = 4u << kBits;
+  const uint32_t base = shared_address(table) + static_cast<uint32_t>(table_place(first_group)) * kGroupBytes;
+#pragma unroll
+  for (int i = 0; i < kLaneValues; ++i) {
+    const auto behind = static_cast<uint32_t>((i & 6) | (i & 1) << 3) * kGroupBytes;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(fields[i]) : "r"(((codes[i] << 2) | base) + behind));
+  }
+}
+
+// The rows of K or V. kRows of them at a time: run(places).
+template <int kHeadDim, bool kKeys>
+struct WarpRows {
+  static constexpr int kTogether = kKeys && kHeadDim % 64 != 0 ? 1 : 2;
+
+  template <typename Run>
+  __device__ __forceinline__ static void each(int warp, int lane, const Run& run) {
+    LanePlace places[kTogether];
+    if constexpr (kKeys) {
+#pragma unroll 1
+      for (int first = 0; first < kHeadDim / 32; first += kTogether) {
+#pragma unroll
+        for (int r = 0; r < kTogether; ++r) {
+          places[r] = {warp + 8 * (first + r), 8 * warp + lane / 4, 32 * (first + r) + 8 * (lane % 4)};
+        }
+        run(places);
+      }
+    } else {
+#pragma unroll 1
+      for (int octet = warp; octet < kHeadDim / 8; octet += kWarps) {
+#pragma unroll
+        for (int r = 0; r < kTogether; ++r) {
+          places[r] = {octet + r * (kHeadDim / 8), 32 * r + 8 * (lane % 4), 8 * octet + lane / 4};
+        }
+        run(places);
+      }
+    }
+  }
+};
+
+// What a block knows of the K or V part that it joins its rows with.
+struct PartMemory {
+  KvPart format;
+  const std::byte* packed;    // in shared memory
+  const std::byte* resident;  // where it came from
+  uint32_t* table;
+  uint32_t* map;
+};
+
+template <int kHeadDim, bool kKeys, bool kNuq>
+__device__ __forceinline__ void decode_part(const BlockReader& block, const PartMemory& part,
+                                            HeadPageOut<kHeadDim>& out) {
+  constexpr int kRows = BlockShape<kHeadDim>::kKeyRows;  // as many of V
+  constexpr int kFirst = kKeys ? 0 : kRows;
+  constexpr int kTogether = WarpRows<kHeadDim, kKeys>::kTogether;
+  const auto warp = static_cast<int>(threadIdx.x / 32 % kWarps);
+  const auto lane = static_cast<int>(threadIdx.x % 32);
+  if (part.format.exact()) {
+    for (int row = warp; row < kRows; row += kWarps) {
+      out.put(kFirst + row, lane, reinterpret_cast<const uint4*>(part.resident)[row * 32 + lane]);
+    }
+    return;
+  }
+  with_part<kHeadDim, kKeys, kNuq>(part.format, [&](const auto& own) {
+    using Format = std::decay_t<decltype(own.format)>;
+    constexpr bool kTable = kTabulated<Format>;
+    constexpr bool kOutliers = kApart<Format>;
+    if constexpr (kOutliers) {
+      map_outliers<kHeadDim, kKeys, kThreads>(part.packed, own.format, part.map);
+    }
+    if constexpr (kTable) {
+      make_table<kKeys ? kHeadDim : kPageTokens>(own, part.packed, part.table);
+      __syncthreads();
+    }
+    WarpRows<kHeadDim, kKeys>::each(warp, lane, [&](const LanePlace(&places)[kTogether]) {
+      RowSpan rows[kTogether];
+      uint32_t fields[kTogether][kLaneValues];
+      uint4 values[kTogether];
+#pragma unroll
+      for (int r = 0; r < kTogether; ++r) {
+        rows[r] = block.row(kFirst + places[r].row);
+      }
+      bool read = false;
+      if constexpr (kPlane<Format>) {
+        constexpr KvPart kFormat = Format();
+        read = true;
+#pragma unroll
+        for (int r = 0; r < kTogether; ++r) {
+          // An escape is wider, and so is its row.
+          read = read && rows[r].halves == (12 - kFormat.bits) * kRowValues / 16;
+        }
+#pragma unroll
+        for (int r = 0; r < kTogether && read; ++r) {
+          uint32_t codes[kLaneValues];
+          uint32_t bases[kLaneValues];
+          own.with_codes(part.packed, places[r], [&](int i, uint32_t code, const ResidualGroup& group) {
+            codes[i] = code;
+            bases[i] = group.first;
+          });
+          values[r] = read_plane_fields<kFormat.bits>(block, rows[r].begin, lane, codes, bases);
+        }
+      }
+      if (!read) {
+#pragma unroll
+        for (int r = 0; r < kTogether; ++r) {
+          if constexpr (kTable) {
+            uint32_t codes[kLaneValues];
+            own.read_codes(part.packed, places[r], codes);
+            constexpr KvPart kFormat = Format();
+            look_up<kFormat.bits>(part.table, own.first_affine_group(places[r]), codes, fields[r]);
+          } else {
+            own.with_codes(part.packed, places[r], [&](int i, uint32_t code, const ResidualGroup& group) {
+              fields[r][i] = pack_residual_field(own.format, code, group);
+            });
+          }
+          if constexpr (kOutliers) {
+            close_fields(outliers_of(part.map, places[r].row, lane), fields[r]);
+          }
+        }
+        read_coded<OpenEscapes>(block, rows, fields, values);
+      }
+#pragma unroll
+      for (int r = 0; r < kTogether; ++r) {
+        out.put(kFirst + places[r].row, lane, rows[r].raw() ? read_raw(block, rows[r].begin, lane) : values[r]);
+      }
+    });
+    if constexpr (kOutliers) {
+      __syncthreads();
+      write_outliers<kHeadDim, kKeys, kThreads>(block, part.packed, own.format, out.values());
+    }
+  });
+}
+
+// Grid (pages, heads). proofs: null where nothing is proved.
+template <int kHeadDim, Form kForm>
+__global__ void __launch_bounds__(kThreads, kForm == Form::rotated ? 3 : 4)
+    decode_kernel(DecodeArgs args, PageProof* proofs) {
+  using Memory = DecodeMemory<kHeadDim>;
+  extern __shared__ __align__(128) std::byte memory[];
+  std::byte* const coded = memory + Memory::kBlockAt;
+  const int page = static_cast<int>(blockIdx.x);
+  const int head = static_cast<int>(blockIdx.y);
+  const KvFormat format = args.resident.format;
+  // Sizes of parts with outliers take many instructions, which every block of the other forms would wait for.
+  __builtin_assume((format.code == KvCode::nuq) == (kForm == Form::nuq));
+  const std::byte* keys = nullptr;
+  const std::byte* values = nullptr;
+  std::byte* const packed_keys = memory + Memory::kPackedAt;
+  std::byte* const packed_values = memory + Memory::values_at(format);
+  if constexpr (kForm != Form::lossless) {
+    keys = resident_part(args.resident, head, page, true, kHeadDim);
+    values = resident_part(args.resident, head, page, false, kHeadDim);
+    copy_to_shared(packed_keys, keys, Memory::key_bytes(format.key()));
+    copy_to_shared(packed_values, values, Memory::value_bytes(format.value()));
+  }
+  const uint32_t page_begin = page == 0 ? 0 : args.ends[page - 1];
+  const uint32_t units = args.ends[page] - page_begin;
+  const std::byte* in = args.in + page_begin * kResidualUnit;
+  const auto* block_ends = reinterpret_cast<const uint32_t*>(in);
+  const uint32_t begin = head == 0 ? residual_header_units(args.shape) : min(block_ends[head - 1], units);
+  const uint32_t end = max(min(block_ends[head], units), begin);
+  copy_to_shared(coded, in + begin * kResidualUnit, min((end - begin) * kResidualUnit, Memory::kBlockBytes));
+  if (threadIdx.x == 0) {
+    BlockReader::begin(coded, BlockShape<kHeadDim>::kRows);
+  }
+  copies_commit();
+  copies_wait<0>();
+  __syncthreads();
+
+  const BlockReader block{coded, static_cast<uint32_t>(Memory::kBlockBytes / 2)};
+  HeadPageOut<kHeadDim> out(args, page, head);
+  if constexpr (kForm == Form::lossless) {
+    const auto lane = static_cast<int>(threadIdx.x % 32);
+    for (auto row = static_cast<int>(threadIdx.x / 32); row < BlockShape<kHeadDim>::kRows; row += kWarps) {
+      const RowSpan span = block.row(row);
+      out.put(row, lane, span.raw() ? read_raw(block, span.begin, lane) : read_lossless(block, span.begin, lane));
+    }
+  } else if constexpr (kForm == Form::rotated) {
+    auto* const shared = reinterpret_cast<RotatedPart<kHeadDim>*>(memory + Memory::tables_at(format));
+    const auto put = [&](int row, int lane, const uint4& vector) { out.put(row, lane, vector); };
+    decode_rotated<kHeadDim, true>(block, format.key(), packed_keys, shared, put);
+    decode_rotated<kHeadDim, false>(block, format.value(), packed_values, shared, put);
+  } else {
+    const auto words = [&](size_t at) { return reinterpret_cast<uint32_t*>(memory + at); };
+    const size_t maps = Memory::maps_at(format);
+    constexpr bool kNuq = kForm == Form::nuq;
+    decode_part<kHeadDim, true, kNuq>(
+        block, {format.key(), packed_keys, keys, words(Memory::tables_at(format)), words(maps)}, out);
+    decode_part<kHeadDim, false, kNuq>(block,
+                                       {format.value(), packed_values, values, words(Memory::value_table_at(format)),
+                                        words(maps + Memory::map_bytes(format.key()))},
+                                       out);
+  }
+  if (out.proves()) {
+    prove_block<kHeadDim>(args, page, out, proofs);
+  }
+}
+
+template <int kHeadDim, Form kForm>
+void launch_decode(const DecodeArgs& args, PageProof* proofs, cudaStream_t stream) {
+  using Memory = DecodeMemory<kHeadDim>;
+  static const bool allowed = [] {
+    allow_shared(decode_kernel<kHeadDim, kForm>, Memory::most_bytes(kForm), "decode");
+    return true;
+  }();
+  (void)allowed;
+  const dim3 grid(static_cast<unsigned>(args.count), static_cast<unsigned>(args.shape.kv_heads));
+  const size_t bytes = Memory::bytes(kForm, args.resident.format);
+  decode_kernel<kHeadDim, kForm><<<grid, kThreads, bytes, stream>>>(args, proofs);
+}
+
+}  // namespace
+
+void decode(const DecodeArgs& args, PageProof* proofs, cudaStream_t stream) {
+  if (args.count == 0) {
+    return;
+  }
+  DecodeArgs call = args;
+  const Form form = form_of(args.code, args.resident.format);
+  if (form == Form::nuq) {
+    call.checksums = nullptr;  // outliers are written over what rows gave
+  }
+  for_head_dim(args.shape.head_dim, [&](auto dim) {
+    for_form(form, [&](auto which) {
+      launch_decode<decltype(dim)::kValue, decltype(which)::kValue>(call, proofs, stream);
+    });
+  });
+  check_cuda(cudaGetLastError(), "decode");
+  if (call.checksums != args.checksums) {
+    const size_t bytes = page_bytes(args.shape);
+    prove({.first = args.out, .stride = bytes, .bytes = bytes, .count = args.count}, args.checksums, args.mismatches,
+          proofs->counters(), stream);
+  }
+}
+
+}  // namespace vericache::cuda
