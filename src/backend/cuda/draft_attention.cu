@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "backend/cuda/dependent_launch.cuh"
 #include "backend/cuda/draft_warp.cuh"
 #include "backend/cuda/ops.h"
 #include "base/check.h"
@@ -141,7 +142,7 @@ __device__ void join_warps(const DraftArgs& args, const std::byte* shared, int f
       sum = fmaf(of_warp[kTileHeads * (Warp::kRowFloats + 1) + head], weight, sum);
     }
     const size_t partial =
-        (static_cast<size_t>(blockIdx.z) * args.heads + first_head + head) * args.cut.count + blockIdx.x;
+        (static_cast<size_t>(blockIdx.y) * args.heads + first_head + head) * args.cut.count + blockIdx.z;
     args.partials[partial * kHeadDim + dim] = out;
     if (dim == 0) {
       args.tops[partial] = make_float2(top, sum);
@@ -149,18 +150,28 @@ __device__ void join_warps(const DraftArgs& args, const std::byte* shared, int f
   }
 }
 
+// Grid (head tiles, sequences, splits): a sequence's last splits, which are short, are begun last, and fill up.
 template <int kHeadDim, bool kChunked>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) draft_attention_kernel(DraftArgs args) {
   using Ring = typename DraftWarp<kHeadDim, kChunked>::Ring;
   extern __shared__ __align__(128) std::byte shared[];
-  const SequenceRows& sequence = args.sequences[blockIdx.z];
-  const int kv_head = static_cast<int>(blockIdx.y) / args.head_tiles;
-  const int first_of_group = static_cast<int>(blockIdx.y) % args.head_tiles * kTileHeads;
+  const SequenceRows& sequence = args.sequences[blockIdx.y];
+  const int kv_head = static_cast<int>(blockIdx.x) / args.head_tiles;
+  const int first_of_group = static_cast<int>(blockIdx.x) % args.head_tiles * kTileHeads;
   const int first_head = kv_head * args.group + first_of_group;
   const int heads = min(kTileHeads, args.group - first_of_group);
-  const Run run = find_run(args, static_cast<int>(blockIdx.z), kv_head, static_cast<int>(blockIdx.x));
+  allow_kernel_behind();
+  // The kernel before this one writes the queries and the tail's last row, or chooses pages. What is read of past was
+  // there before.
+  if (args.chosen != nullptr) {
+    await_kernels_before();
+  }
+  const Run run = find_run(args, static_cast<int>(blockIdx.y), kv_head, static_cast<int>(blockIdx.z));
   if (run.first >= run.last) {
     return;
+  }
+  if (run.tail) {
+    await_kernels_before();
   }
   const int warp_index = uniform(static_cast<int>(threadIdx.x) / 32);
   std::byte* memory = shared + warp_index * Ring::kBytes;
@@ -169,6 +180,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) draft_atte
   Ring ring(memory, barriers,
             {run.pages, run.first + warp_index, run.last, kWarps, run.tail ? key_pieces(KvPart{}, kHeadDim) : args.keys,
              run.tail ? value_pieces(KvPart{}, kHeadDim) : args.values});
+  await_kernels_before();
   DraftWarp<kHeadDim, kChunked> warp;
   warp.load_queries(args.q + (static_cast<size_t>(sequence.first_row) * args.heads + first_head) * kHeadDim, heads,
                     format.rotated);
@@ -214,6 +226,7 @@ __global__ void __launch_bounds__(kFoldThreads) fold_splits_kernel(DraftArgs arg
   __shared__ float weights[kMaxSplits];
   __shared__ float of_warps[kFoldThreads / 32];
   __shared__ float4 sums[kAbreast][kLanes];
+  await_kernels_before();
   const SequenceRows& sequence = args.sequences[blockIdx.y];
   const int head = static_cast<int>(blockIdx.x);
   const int kv_head = head / args.group;
@@ -289,22 +302,20 @@ void launch_splits(const DraftArgs& args, dim3 blocks, cudaStream_t stream) {
   check_cuda(
       cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
       "shared memory of draft attention");
-  kernel<<<blocks, kThreads, bytes, stream>>>(args);
-  check_cuda(cudaGetLastError(), "draft attention");
+  launch_behind(kernel, "draft attention", blocks, kThreads, bytes, stream, args);
 }
 
 template <int kHeadDim>
 void launch(const DraftArgs& args, int kv_heads, int sequences, cudaStream_t stream) {
-  const dim3 blocks(static_cast<unsigned>(args.cut.count), static_cast<unsigned>(kv_heads * args.head_tiles),
-                    static_cast<unsigned>(sequences));
+  const dim3 blocks(static_cast<unsigned>(kv_heads * args.head_tiles), static_cast<unsigned>(sequences),
+                    static_cast<unsigned>(args.cut.count));
   if (chunked(args.format.key()) || chunked(args.format.value())) {
     launch_splits<kHeadDim, true>(args, blocks, stream);
   } else {
     launch_splits<kHeadDim, false>(args, blocks, stream);
   }
   const dim3 rows(static_cast<unsigned>(args.heads), static_cast<unsigned>(sequences));
-  fold_splits_kernel<kHeadDim><<<rows, kFoldThreads, 0, stream>>>(args);
-  check_cuda(cudaGetLastError(), "draft attention, folding of splits");
+  launch_behind(fold_splits_kernel<kHeadDim>, "draft attention, folding of splits", rows, kFoldThreads, 0, stream, args);
 }
 
 // What lies behind the partial results where pages are chosen, for `pairs` (sequence, KV head).

@@ -6,6 +6,7 @@
 #include "backend/cuda/residual_forms.cuh"
 #include "backend/cuda/residual_outliers.cuh"
 #include "backend/cuda/rotated_residual.cuh"
+#include "base/check.h"
 
 namespace vericache::cuda {
 namespace {
@@ -15,61 +16,55 @@ constexpr int kWarps = kResidualWarps;
 static_assert(kWarps == kOctets);
 
 // What a block has in shared memory: the encoded block, and where that is joined with a packed head page, this, tables
-// of the fields of its codes where they are few, and maps of its outliers, of K and then of V.
+// of the fields of its codes where they are few, and maps of its outliers, of K and then of V. In bytes from the first;
+// exact parts are not brought here.
+struct DecodePlan {
+  uint32_t key_bytes = 0;
+  uint32_t value_bytes = 0;
+  uint32_t value_offset = 0;  // of V in a resident head page
+  uint32_t values_at = 0;     // K is at kPackedAt
+  uint32_t tables_at = 0;     // of a rotated format the bases
+  uint32_t value_table_at = 0;
+  uint32_t maps_at = 0;
+  uint32_t value_map_at = 0;
+  uint32_t bytes = 0;
+};
+
 template <int kHeadDim>
 struct DecodeMemory {
-  static constexpr size_t kBlockBytes =
+  static constexpr uint32_t kBlockBytes =
       (BlockShape<kHeadDim>::kRows * (1 + kRowHalves) * 2 + kResidualUnit - 1) / kResidualUnit * kResidualUnit;
-  static constexpr size_t kBlockAt = BlockReader::kBefore;
-  static constexpr size_t kPackedAt = kBlockAt + kBlockBytes + BlockReader::kBehind;
-  static constexpr size_t kTableAlignment = 64;  // room of a group, so that a code's place is an OR away
+  static constexpr uint32_t kBlockAt = BlockReader::kBefore;
+  static constexpr uint32_t kPackedAt = kBlockAt + kBlockBytes + BlockReader::kBehind;
+  static constexpr uint32_t kTableAlignment = 64;  // room of a group, so that a code's place is an OR away
 
-  // Exact parts are not brought here.
-  VERICACHE_BOTH static constexpr size_t key_bytes(const KvPart& part) {
-    return part.exact() ? 0 : key_page_bytes(part, {0, 0, kHeadDim});
+  static constexpr uint32_t table_bytes(const KvPart& part, int groups) {
+    return part.by_token() || part.bits > 4 ? 0 : static_cast<uint32_t>(sizeof(uint32_t)) * (groups << part.bits);
   }
-  VERICACHE_BOTH static constexpr size_t value_bytes(const KvPart& part) {
-    return part.exact() ? 0 : value_page_bytes(part, {0, 0, kHeadDim});
-  }
-  VERICACHE_BOTH static constexpr size_t table_bytes(const KvPart& part, int groups) {
-    return !part.by_token() && part.bits <= 4 ? sizeof(uint32_t) * static_cast<size_t>(groups << part.bits) : 0;
-  }
-  VERICACHE_BOTH static constexpr size_t map_bytes(const KvPart& part) {
-    return static_cast<size_t>(outlier_map_bytes(part, kHeadDim));
-  }
-  VERICACHE_BOTH static constexpr size_t values_at(const KvFormat& format) {
-    return kPackedAt + key_bytes(format.key());
-  }
-  // Behind the packed parts: of a rotated format the bases.
-  VERICACHE_BOTH static constexpr size_t tables_at(const KvFormat& format) {
-    const size_t end = values_at(format) + value_bytes(format.value());
-    return (end + kTableAlignment - 1) / kTableAlignment * kTableAlignment;
-  }
-  VERICACHE_BOTH static constexpr size_t value_table_at(const KvFormat& format) {
-    return tables_at(format) + table_bytes(format.key(), kHeadDim);
-  }
-  VERICACHE_BOTH static constexpr size_t maps_at(const KvFormat& format) {
-    return value_table_at(format) + table_bytes(format.value(), kPageTokens);
-  }
-  static constexpr size_t bytes(Form form, const KvFormat& format) {
-    switch (form) {
-      case Form::lossless:
-        return kPackedAt;
-      case Form::rotated:
-        return tables_at(format) + sizeof(RotatedPart<kHeadDim>);
-      case Form::resident:
-      case Form::nuq:
-        break;
+  static constexpr DecodePlan plan(Form form, const KvFormat& format) {
+    DecodePlan plan;
+    plan.bytes = kPackedAt;
+    if (form == Form::lossless) {
+      return plan;
     }
-    return maps_at(format) + map_bytes(format.key()) + map_bytes(format.value());
+    const KvPart key = format.key();
+    const KvPart value = format.value();
+    const KvShape shape{0, 0, kHeadDim};
+    plan.key_bytes = key.exact() ? 0 : static_cast<uint32_t>(key_page_bytes(key, shape));
+    plan.value_bytes = value.exact() ? 0 : static_cast<uint32_t>(value_page_bytes(value, shape));
+    plan.value_offset = static_cast<uint32_t>(bytes_of(key_pieces(key, kHeadDim)));
+    plan.values_at = kPackedAt + plan.key_bytes;
+    plan.tables_at = (plan.values_at + plan.value_bytes + kTableAlignment - 1) / kTableAlignment * kTableAlignment;
+    if (form == Form::rotated) {
+      plan.bytes = plan.tables_at + sizeof(RotatedPart<kHeadDim>);
+      return plan;
+    }
+    plan.value_table_at = plan.tables_at + table_bytes(key, kHeadDim);
+    plan.maps_at = plan.value_table_at + table_bytes(value, kPageTokens);
+    plan.value_map_at = plan.maps_at + static_cast<uint32_t>(outlier_map_bytes(key, kHeadDim));
+    plan.bytes = plan.value_map_at + static_cast<uint32_t>(outlier_map_bytes(value, kHeadDim));
+    return plan;
   }
-  // 8-bit keys with 4-bit values, the other way round and all others.
-  static constexpr size_t most_bytes(Form form) {
-    return kPackedAt + key_bytes(KvPart(9)) + value_bytes(KvPart(9)) + kTableAlignment +
-           (form == Form::rotated ? sizeof(RotatedPart<kHeadDim>)
-                                  : table_bytes(KvPart(4), kHeadDim) + table_bytes(KvPart(4), kPageTokens));
-  }
-  static_assert(bytes(Form::nuq, {4, 4, KvCode::nuq, false, kMostOutliers}) <= most_bytes(Form::nuq));
 };
 
 // Where a block's rows go, and their share in the page's checksum.
@@ -133,9 +128,11 @@ __device__ void prove_block(const DecodeArgs& args, int page, const HeadPageOut<
 }
 
 // All threads of the block; waited for by copies_wait.
-__device__ inline void copy_to_shared(std::byte* target, const std::byte* source, size_t bytes) {
-  for (size_t at = threadIdx.x * size_t{16}; at < bytes; at += size_t{kThreads} * 16) {
-    copy_lane(shared_address(target + at), source + at);
+__device__ inline void copy_to_shared(std::byte* target, const std::byte* source, uint32_t bytes) {
+  const uint32_t to = shared_address(target);
+#pragma unroll 1
+  for (uint32_t at = threadIdx.x * 16; at < bytes; at += kThreads * 16) {
+    copy_lane(to + at, source + at);
   }
 }
 
@@ -303,24 +300,20 @@ __device__ __forceinline__ void decode_part(const BlockReader& block, const Part
 // Grid (pages, heads). proofs: null where nothing is proved.
 template <int kHeadDim, Form kForm>
 __global__ void __launch_bounds__(kThreads, kForm == Form::rotated ? 3 : 4)
-    decode_kernel(DecodeArgs args, PageProof* proofs) {
+    decode_kernel(DecodeArgs args, DecodePlan plan, PageProof* proofs) {
   using Memory = DecodeMemory<kHeadDim>;
   extern __shared__ __align__(128) std::byte memory[];
   std::byte* const coded = memory + Memory::kBlockAt;
   const int page = static_cast<int>(blockIdx.x);
   const int head = static_cast<int>(blockIdx.y);
   const KvFormat format = args.resident.format;
-  // Sizes of parts with outliers take many instructions, which every block of the other forms would wait for.
-  __builtin_assume((format.code == KvCode::nuq) == (kForm == Form::nuq));
-  const std::byte* keys = nullptr;
-  const std::byte* values = nullptr;
-  std::byte* const packed_keys = memory + Memory::kPackedAt;
-  std::byte* const packed_values = memory + Memory::values_at(format);
+  const std::byte* packed = nullptr;
+  std::byte* const keys = memory + Memory::kPackedAt;
+  std::byte* const values = memory + plan.values_at;
   if constexpr (kForm != Form::lossless) {
-    keys = resident_part(args.resident, head, page, true, kHeadDim);
-    values = resident_part(args.resident, head, page, false, kHeadDim);
-    copy_to_shared(packed_keys, keys, Memory::key_bytes(format.key()));
-    copy_to_shared(packed_values, values, Memory::value_bytes(format.value()));
+    packed = args.resident.head_pages[static_cast<ptrdiff_t>(head) * args.resident.page_stride + page];
+    copy_to_shared(keys, packed, plan.key_bytes);
+    copy_to_shared(values, packed + plan.value_offset, plan.value_bytes);
   }
   const uint32_t page_begin = page == 0 ? 0 : args.ends[page - 1];
   const uint32_t units = args.ends[page] - page_begin;
@@ -328,7 +321,7 @@ __global__ void __launch_bounds__(kThreads, kForm == Form::rotated ? 3 : 4)
   const auto* block_ends = reinterpret_cast<const uint32_t*>(in);
   const uint32_t begin = head == 0 ? residual_header_units(args.shape) : min(block_ends[head - 1], units);
   const uint32_t end = max(min(block_ends[head], units), begin);
-  copy_to_shared(coded, in + begin * kResidualUnit, min((end - begin) * kResidualUnit, Memory::kBlockBytes));
+  copy_to_shared(coded, in + begin * kResidualUnit, min((end - begin) * static_cast<uint32_t>(kResidualUnit), Memory::kBlockBytes));
   if (threadIdx.x == 0) {
     BlockReader::begin(coded, BlockShape<kHeadDim>::kRows);
   }
@@ -336,7 +329,7 @@ __global__ void __launch_bounds__(kThreads, kForm == Form::rotated ? 3 : 4)
   copies_wait<0>();
   __syncthreads();
 
-  const BlockReader block{coded, static_cast<uint32_t>(Memory::kBlockBytes / 2)};
+  const BlockReader block{coded, Memory::kBlockBytes / 2};
   HeadPageOut<kHeadDim> out(args, page, head);
   if constexpr (kForm == Form::lossless) {
     const auto lane = static_cast<int>(threadIdx.x % 32);
@@ -345,20 +338,19 @@ __global__ void __launch_bounds__(kThreads, kForm == Form::rotated ? 3 : 4)
       out.put(row, lane, span.raw() ? read_raw(block, span.begin, lane) : read_lossless(block, span.begin, lane));
     }
   } else if constexpr (kForm == Form::rotated) {
-    auto* const shared = reinterpret_cast<RotatedPart<kHeadDim>*>(memory + Memory::tables_at(format));
+    auto* const shared = reinterpret_cast<RotatedPart<kHeadDim>*>(memory + plan.tables_at);
     const auto put = [&](int row, int lane, const uint4& vector) { out.put(row, lane, vector); };
-    decode_rotated<kHeadDim, true>(block, format.key(), packed_keys, shared, put);
-    decode_rotated<kHeadDim, false>(block, format.value(), packed_values, shared, put);
+    decode_rotated<kHeadDim, true>(block, format.key(), keys, shared, put);
+    decode_rotated<kHeadDim, false>(block, format.value(), values, shared, put);
   } else {
-    const auto words = [&](size_t at) { return reinterpret_cast<uint32_t*>(memory + at); };
-    const size_t maps = Memory::maps_at(format);
+    const auto words = [&](uint32_t at) { return reinterpret_cast<uint32_t*>(memory + at); };
     constexpr bool kNuq = kForm == Form::nuq;
-    decode_part<kHeadDim, true, kNuq>(
-        block, {format.key(), packed_keys, keys, words(Memory::tables_at(format)), words(maps)}, out);
-    decode_part<kHeadDim, false, kNuq>(block,
-                                       {format.value(), packed_values, values, words(Memory::value_table_at(format)),
-                                        words(maps + Memory::map_bytes(format.key()))},
-                                       out);
+    decode_part<kHeadDim, true, kNuq>(block, {format.key(), keys, packed, words(plan.tables_at), words(plan.maps_at)},
+                                      out);
+    decode_part<kHeadDim, false, kNuq>(
+        block,
+        {format.value(), values, packed + plan.value_offset, words(plan.value_table_at), words(plan.value_map_at)},
+        out);
   }
   if (out.proves()) {
     prove_block<kHeadDim>(args, page, out, proofs);
@@ -367,15 +359,21 @@ __global__ void __launch_bounds__(kThreads, kForm == Form::rotated ? 3 : 4)
 
 template <int kHeadDim, Form kForm>
 void launch_decode(const DecodeArgs& args, PageProof* proofs, cudaStream_t stream) {
-  using Memory = DecodeMemory<kHeadDim>;
-  static const bool allowed = [] {
-    allow_shared(decode_kernel<kHeadDim, kForm>, Memory::most_bytes(kForm), "decode");
-    return true;
+  static const uint32_t most = [] {
+    int device = 0;
+    int bytes = 0;
+    check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+    check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "decode");
+    cudaFuncAttributes attributes{};
+    check_cuda(cudaFuncGetAttributes(&attributes, decode_kernel<kHeadDim, kForm>), "decode");
+    bytes -= static_cast<int>(attributes.sharedSizeBytes);
+    allow_shared(decode_kernel<kHeadDim, kForm>, static_cast<size_t>(bytes), "decode");
+    return static_cast<uint32_t>(bytes);
   }();
-  (void)allowed;
   const dim3 grid(static_cast<unsigned>(args.count), static_cast<unsigned>(args.shape.kv_heads));
-  const size_t bytes = Memory::bytes(kForm, args.resident.format);
-  decode_kernel<kHeadDim, kForm><<<grid, kThreads, bytes, stream>>>(args, proofs);
+  const DecodePlan plan = DecodeMemory<kHeadDim>::plan(kForm, args.resident.format);
+  check(plan.bytes <= most, "a block that is decoded fits into shared memory");
+  decode_kernel<kHeadDim, kForm><<<grid, kThreads, plan.bytes, stream>>>(args, plan, proofs);
 }
 
 }  // namespace

@@ -19,6 +19,12 @@ __device__ inline uint32_t pack_field(const ResidualField& field) {
 __device__ inline uint32_t field_step(uint32_t field) {
   return select_or(field, 0x8000u, 0xffff0000u);  // -2^15 or -2^16
 }
+// The place of the highest bit that is set; -1 of none.
+__device__ inline int highest_bit(uint32_t word) {
+  int place;
+  asm("bfind.u32 %0, %1;" : "=r"(place) : "r"(word));
+  return place;
+}
 // The rest with the sign of a word.
 __device__ inline uint32_t select_sign(uint32_t of, uint32_t rest) {
   return select_or(of, 0x80000000u, rest);
@@ -29,15 +35,15 @@ __device__ inline uint32_t pack_interval_field(float first, float last, float sc
   const float low = fmaf(first, scale, minimum);
   const float high = fmaf(last, scale, minimum);
   const uint32_t pair = residual_round(low, high);
-  const uint32_t turned = __byte_perm(pair, 0, 0x1032);
-  const auto either = static_cast<uint32_t>(static_cast<int32_t>(pair ^ turned) >> 31);  // all ones or none
+  const auto either = static_cast<uint32_t>(static_cast<int32_t>(pair ^ pair << 16) >> 31);  // all ones or none
+  const uint32_t magnitudes = pair & 0x7fff7fffu;
+  const uint32_t turned = __byte_perm(magnitudes, 0, 0x1032);
   // In both halves the larger magnitude, and the smaller one.
-  const uint32_t top = __vmaxu2(pair & 0x7fff7fffu, turned & 0x7fff7fffu);
-  const uint32_t bottom = __vminu2(pair & 0x7fff7fffu, turned & 0x7fff7fffu) & ~either;
-  // The highest bit of the difference in the high half; none there is 15.
-  const auto highest = 31u - static_cast<uint32_t>(__clz(static_cast<int>((top | 0x8000u) - bottom)));
-  const uint32_t bits = min(highest - 15u, uint32_t{kOpenBits});
-  const uint32_t packed = (select_or(either, kCodesSign | 1u, select_sign(pair, top << 16))) + bits;
+  const uint32_t top = __vmaxu2(magnitudes, turned);
+  const uint32_t bottom = __vminu2(magnitudes, turned) & ~either;
+  // In the high half of the difference; none is below 15.
+  const auto bits = static_cast<uint32_t>(__viaddmin_s32_relu(highest_bit(top - bottom), -15, kOpenBits));
+  const uint32_t packed = select_or(either, kCodesSign | 1u, select_sign(pair, top << 16)) + bits;
   return low <= high ? packed : pack_field({});
 }
 // And of affine_field().

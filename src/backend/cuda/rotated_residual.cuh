@@ -176,7 +176,7 @@ __device__ inline uint32_t pack_rotated_field(float base, float reach) {
   const uint32_t range = rotated_range(base, reach);
   // The number of magnitudes in the high half, the smallest in the low one.
   const uint32_t count = range * 0xffff0001u + 0x10000u;
-  const uint32_t bits = min(31u - static_cast<uint32_t>(__clz(static_cast<int>(count))), 15u + kOpenBits) - 15u;
+  const auto bits = static_cast<uint32_t>(__viaddmin_s32(highest_bit(count), -15, kOpenBits));
   const int spare = max(static_cast<int>(low_ones(bits) - (count >> 16)), 0);
   const uint32_t top = (range & 0xffff0000u) + static_cast<uint32_t>(spare) / 2 * 0x10000u;
   const bool either = rotated_either_sign(base, reach);

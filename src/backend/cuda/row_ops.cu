@@ -2,6 +2,7 @@
 // works on one row (or a part of one) in an order that depends on the row's width alone.
 #include <algorithm>
 
+#include "backend/cuda/dependent_launch.cuh"
 #include "backend/cuda/ops.h"
 #include "backend/cuda/row_math.cuh"
 #include "base/check.h"
@@ -71,6 +72,7 @@ constexpr int kNormThreads = 512;
 __global__ void __launch_bounds__(kNormThreads)
     rms_norm_kernel(const float* __restrict__ x, const float* __restrict__ weight, float eps, int dim, int padded,
                     uint16_t* __restrict__ out) {
+  await_kernels_before();
   constexpr int kKept = 4;
   __shared__ float partial[kNormThreads / kWarp];
   const int row = static_cast<int>(blockIdx.x);
@@ -122,6 +124,7 @@ __global__ void __launch_bounds__(kNormThreads)
 __global__ void __launch_bounds__(kNormThreads)
     rms_norm_narrow_kernel(const float* __restrict__ x, const float* __restrict__ weight, float eps, int dim,
                            int padded, uint16_t* __restrict__ out) {
+  await_kernels_before();
   __shared__ float partial[kNormThreads / kWarp];
   const int row = static_cast<int>(blockIdx.x);
   const float* source = x + at(row, dim);
@@ -144,6 +147,7 @@ __device__ float silu(float g) {
 
 template <bool kWide>
 __global__ void silu_mul_kernel(const float* __restrict__ gate_up, int dim, int padded, uint16_t* __restrict__ out) {
+  await_kernels_before();
   const int row = static_cast<int>(blockIdx.x);
   const float* gate = gate_up + at(row, 2 * dim);
   const float* up = gate + dim;
@@ -220,13 +224,13 @@ void rms_norm(const float* x, const float* weight, float eps, int rows, int dim,
   }
   const auto grid = static_cast<unsigned>(rows);
   if (dim % 4 == 0) {
-    const int threads = std::min(kNormThreads, ceil_div(dim / 4, kWarp) * kWarp);
-    rms_norm_kernel<<<grid, threads, 0, stream>>>(x, weight, eps, dim, padded_dim(dim), bits(out));
+    const auto threads = static_cast<unsigned>(std::min(kNormThreads, ceil_div(dim / 4, kWarp) * kWarp));
+    launch_behind(rms_norm_kernel, "rms_norm", grid, threads, 0, stream, x, weight, eps, dim, padded_dim(dim), bits(out));
   } else {
-    const int threads = std::min(kNormThreads, ceil_div(dim, kWarp) * kWarp);
-    rms_norm_narrow_kernel<<<grid, threads, 0, stream>>>(x, weight, eps, dim, padded_dim(dim), bits(out));
+    const auto threads = static_cast<unsigned>(std::min(kNormThreads, ceil_div(dim, kWarp) * kWarp));
+    launch_behind(rms_norm_narrow_kernel, "rms_norm", grid, threads, 0, stream, x, weight, eps, dim, padded_dim(dim),
+                  bits(out));
   }
-  check_cuda(cudaGetLastError(), "rms_norm");
 }
 
 void silu_mul(const float* gate_up, int rows, int dim, bf16* out, cudaStream_t stream) {
@@ -235,11 +239,12 @@ void silu_mul(const float* gate_up, int rows, int dim, bf16* out, cudaStream_t s
   }
   const int padded = padded_dim(dim);
   if (dim % 8 == 0) {
-    silu_mul_kernel<true><<<row_grid(rows, padded, 8), kThreads, 0, stream>>>(gate_up, dim, padded, bits(out));
+    launch_behind(silu_mul_kernel<true>, "silu_mul", row_grid(rows, padded, 8), kThreads, 0, stream, gate_up, dim, padded,
+                  bits(out));
   } else {
-    silu_mul_kernel<false><<<row_grid(rows, padded, 1), kThreads, 0, stream>>>(gate_up, dim, padded, bits(out));
+    launch_behind(silu_mul_kernel<false>, "silu_mul", row_grid(rows, padded, 1), kThreads, 0, stream, gate_up, dim,
+                  padded, bits(out));
   }
-  check_cuda(cudaGetLastError(), "silu_mul");
 }
 
 void select_rows(const float* x, const StagedPass& pass, int dim, float* out, cudaStream_t stream) {

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "backend/cuda/layout.h"
+#include "backend/cuda/dependent_launch.cuh"
 #include "backend/cuda/ops.h"
 #include "backend/cuda/row_math.cuh"
 #include "base/check.h"
@@ -49,6 +50,8 @@ __device__ void store_bf16s(const float* v, uint16_t* target) {
 constexpr int kHeadsPerBlock = 8;
 template <int kValues>
 __global__ void __launch_bounds__(kHeadsPerBlock* kWarp) store_qkv_kernel(QkvArgs args, StagedPass pass) {
+  allow_kernel_behind();
+  await_kernels_before();
   constexpr int kHeadDim = kValues * kWarp;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warp = static_cast<int>(blockIdx.x) * kHeadsPerBlock + static_cast<int>(threadIdx.x) / kWarp;
@@ -158,24 +161,21 @@ void store_qkv(const QkvArgs& args, const StagedPass& pass, cudaStream_t stream)
   }
   const int warps = pass.rows * (args.heads + 2 * args.shape.kv_heads);
   const auto grid = static_cast<unsigned>(ceil_div(warps, kHeadsPerBlock));
-  constexpr int kBlock = kHeadsPerBlock * kWarp;
+  const auto run = [&](auto* kernel) {
+    launch_behind(kernel, "store_qkv", grid, kHeadsPerBlock * kWarp, 0, stream, args, pass);
+  };
   switch (args.shape.head_dim) {
     case 32:
-      store_qkv_kernel<1><<<grid, kBlock, 0, stream>>>(args, pass);
-      break;
+      return run(store_qkv_kernel<1>);
     case 64:
-      store_qkv_kernel<2><<<grid, kBlock, 0, stream>>>(args, pass);
-      break;
+      return run(store_qkv_kernel<2>);
     case 96:
-      store_qkv_kernel<3><<<grid, kBlock, 0, stream>>>(args, pass);
-      break;
+      return run(store_qkv_kernel<3>);
     case 128:
-      store_qkv_kernel<4><<<grid, kBlock, 0, stream>>>(args, pass);
-      break;
+      return run(store_qkv_kernel<4>);
     default:
       check(false, "a head has 32, 64, 96 or 128 dimensions on CUDA");
   }
-  check_cuda(cudaGetLastError(), "store_qkv");
 }
 
 void keep_queries(const bf16* q, const float* log_sum_exp, int heads, const KvShape& shape, const StagedPass& pass,
