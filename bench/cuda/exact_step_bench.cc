@@ -1,7 +1,8 @@
 // What exactness costs a whole decode step of the 8B shape, full bf16 KV: the engine's step, the same with every
 // algorithm of cuBLASLt allowed in its products (split-K included), and a step with nothing exact at all, products and
 // attention as drafts run them. In turns, device time, random weights and KV.
-//   exact_step_bench [--context 31232] [--batch 16] [--repeats 15] [--layers 32] [--vocabulary 8192]
+//   exact_step_bench [--context 31232] [--batch 16] [--rows 1] [--repeats 15] [--layers 32] [--vocabulary 8192]
+// --rows: of each sequence, at most 32, as in a verification; drafts have one, and more have no third step.
 // Takes 2 bytes x weights (14 GB) and 128 KiB a token and sequence (65 GB at 16 x 31,232).
 #include <cstdio>
 #include <exception>
@@ -23,15 +24,16 @@ double step_ms(StepRig::Step& step) {
   return lane.seconds(begin, end) * 1e3;
 }
 
-void measure(StepRig& rig, const Transformer& free_model, int sequences, int repeats) {
-  StepRig::Step exact(rig, rig.transformer(), rig.kernels(), sequences, false);
-  StepRig::Step free_products(rig, free_model, free_model.kernels(), sequences, false);
+void measure(StepRig& rig, const Transformer& free_model, int sequences, int rows, int repeats) {
+  StepRig::Step exact(rig, rig.transformer(), rig.kernels(), sequences, false, rows);
+  StepRig::Step free_products(rig, free_model, free_model.kernels(), sequences, false, rows);
   StepRig::Step free_all(rig, rig.transformer(), rig.kernels().lane(Kernels::Place::draft), sequences, true);
   std::vector<double> times[3];
+  const int kinds = rows == 1 ? 3 : 2;
   for (int i = -3; i < repeats; ++i) {
     StepRig::Step* const steps[] = {&exact, &free_products, &free_all};
-    for (int k = 0; k < 3; ++k) {
-      const int which = (k + i + 3) % 3;  // each of them comes first as often as the others
+    for (int k = 0; k < kinds; ++k) {
+      const int which = (k + i + 3) % kinds;  // each of them comes first as often as the others
       const double ms = step_ms(*steps[which]);
       if (i >= 0) {
         times[which].push_back(ms);
@@ -41,8 +43,8 @@ void measure(StepRig& rig, const Transformer& free_model, int sequences, int rep
   const double bytes = rig.weight_step_bytes() + rig.kv_step_bytes(sequences);
   const double base = median(times[1]);
   const char* const names[] = {"exact", "free choice of products", "nothing exact"};
-  std::printf("batch %d: %.2f GB of weights and KV a step\n", sequences, bytes * 1e-9);
-  for (int which = 0; which < 3; ++which) {
+  std::printf("batch %d, %d rows: %.2f GB of weights and KV a step\n", sequences, sequences * rows, bytes * 1e-9);
+  for (int which = 0; which < kinds; ++which) {
     const auto [least, most] = std::minmax_element(times[which].begin(), times[which].end());
     const double ms = median(times[which]);
     std::printf("  %-24s %8.3f ms (%.3f ... %.3f)  %6.0f GB/s  %+6.2f %% beside free choice\n", names[which], ms,
@@ -63,7 +65,8 @@ void run(int argc, char** argv) {
   const Transformer free_model(rig.config(), rig.weights(), *free_kernels);
   for (const int sequences : {1, 4, 16, 32, 64}) {
     if (sequences <= batch) {
-      measure(rig, free_model, sequences, flag(argc, argv, "--repeats", 15));
+      measure(rig, free_model, sequences, std::clamp(flag(argc, argv, "--rows", 1), 1, StepRig::Step::kMostRows),
+              flag(argc, argv, "--repeats", 15));
       std::fflush(stdout);
     }
   }

@@ -1,14 +1,17 @@
 // What exactness costs in matrix products: the 8B shape's weights at some row counts, in the one bit class and with
-// every algorithm allowed, split-K included. Random data, a cold cache, CUDA graphs of some products over different
+// every algorithm allowed, split-K included; and what drafts of few rows take. Random data, a cold cache, CUDA graphs of some products over different
 // weights.
+//   products_bench [ROWS]    row counts up to ROWS (2048)
 #include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <optional>
 #include <random>
 #include <vector>
 
+#include "backend/cuda/few_rows.h"
 #include "backend/cuda/products.h"
 
 namespace vericache::cuda {
@@ -32,17 +35,16 @@ class Array {
   T* data_ = nullptr;
 };
 
-// The median of graphs that walk through all the weights, per product.
-double microseconds(const Products& products, const ProductLane& lane, const std::vector<PackedMatrix>& weights,
-                    const bf16* x, int rows, float* y, Epilogue epilogue) {
-  cudaStream_t stream = lane.stream();
-  products.multiply(lane, weights.front(), x, rows, y, epilogue);
+// The median of graphs that walk through all the weights, per product. multiply(weight).
+template <typename Multiply>
+double microseconds(cudaStream_t stream, const std::vector<PackedMatrix>& weights, const Multiply& multiply) {
+  multiply(weights.front());
   check_cuda(cudaStreamSynchronize(stream), "a product");
   cudaGraph_t graph = nullptr;
   cudaGraphExec_t exec = nullptr;
   check_cuda(cudaStreamBeginCapture(stream, cudaStreamCaptureModeRelaxed), "capture");
   for (const PackedMatrix& weight : weights) {
-    products.multiply(lane, weight, x, rows, y, epilogue);
+    multiply(weight);
   }
   check_cuda(cudaStreamEndCapture(stream, &graph), "capture");
   check_cuda(cudaGraphInstantiate(&exec, graph, 0), "capture");
@@ -106,13 +108,23 @@ void measure(const Weight& weight, int max_rows, std::vector<double>& exact_us, 
     std::printf("free:  %s", free_choice.report().c_str());
     for (const int rows : row_counts) {
       const double flops = 2.0 * rows * static_cast<double>(values);
-      const double a = microseconds(exact, lane, weights, x.data(), rows, y.data(), weight.epilogue);
-      const double b = microseconds(free_choice, lane, weights, x.data(), rows, y.data(), weight.epilogue);
-      const double again = microseconds(exact, lane, weights, x.data(), rows, y.data(), weight.epilogue);
+      const auto with = [&](const Products& products) {
+        return microseconds(stream, weights, [&](const PackedMatrix& matrix) {
+          products.multiply(lane, matrix, x.data(), rows, y.data(), weight.epilogue);
+        });
+      };
+      const double a = with(exact);
+      const double b = with(free_choice);
+      const double again = with(exact);
+      const double few = !few_rows_fit(weights.front(), rows)
+                             ? 0
+                             : microseconds(stream, weights, [&](const PackedMatrix& matrix) {
+                                 few_rows_product(matrix, x.data(), rows, y.data(), weight.epilogue, stream);
+                               });
       const double bytes =
           static_cast<double>(values) * 2 + static_cast<double>(rows) * (weight.in * 2.0 + weight.out * 4.0);
-      std::printf("%-8s %6d x %-6d %5d  %9.1f (%9.1f)  %9.1f  %+6.1f %%  %7.1f  %7.0f\n", weight.name, weight.out,
-                  weight.in, rows, a, again, b, (a / b - 1) * 100, flops / a * 1e-6, bytes / a * 1e-3);
+      std::printf("%-8s %6d x %-6d %5d  %9.1f (%9.1f)  %9.1f  %+6.1f %%  %9.1f  %7.1f  %7.0f\n", weight.name,
+                  weight.out, weight.in, rows, a, again, b, (a / b - 1) * 100, few, flops / a * 1e-6, bytes / a * 1e-3);
       exact_us.push_back(a);
       free_us.push_back(b);
     }
@@ -123,18 +135,21 @@ void measure(const Weight& weight, int max_rows, std::vector<double>& exact_us, 
 }  // namespace
 }  // namespace vericache::cuda
 
-int main() {
+int main(int argc, char** argv) {
   using namespace vericache;
   using namespace vericache::cuda;
-  const std::vector<int> row_counts{1, 16, 64, 128, 256, 512, 2048};
+  std::vector<int> row_counts{1, 4, 16, 64, 128, 256, 512, 2048};
+  if (argc > 1) {
+    std::erase_if(row_counts, [most = std::atoi(argv[1])](int rows) { return rows > std::max(most, 1); });
+  }
   const std::vector<cuda::Weight> layer{{"qkv", 6144, 4096, Epilogue::store},
                                         {"output", 4096, 4096, Epilogue::add},
                                         {"gate_up", 28672, 4096, Epilogue::store},
                                         {"down", 4096, 14336, Epilogue::add}};
   std::vector<double> exact_total(row_counts.size(), 0);
   std::vector<double> free_total(row_counts.size(), 0);
-  std::printf("%-8s %6s x %-6s %5s  %9s (%9s)  %9s  %8s  %7s  %7s\n", "weight", "out", "in", "rows", "exact us",
-              "again", "free us", "cost", "TFLOP/s", "GB/s");
+  std::printf("%-8s %6s x %-6s %5s  %9s (%9s)  %9s  %8s  %9s  %7s  %7s\n", "weight", "out", "in", "rows", "exact us",
+              "again", "free us", "cost", "few us", "TFLOP/s", "GB/s");
   for (const cuda::Weight& weight : layer) {
     std::vector<double> exact_us;
     std::vector<double> free_us;

@@ -111,22 +111,27 @@ class StepRig {
            sequences;
   }
 
-  // The next row of the first `sequences` sequences, whose logits choose.
+  // The next rows of the first `sequences` sequences, kMostRows each at most, whose logits choose.
   class Step {
    public:
-    Step(StepRig& rig, const Transformer& model, Kernels& lane, int sequences, bool draft)
-        : model_(model), activations_(model.make_activations(sequences, sequences, rig.device(), lane)) {
+    static constexpr int kMostRows = kPageTokens / 2;
+
+    Step(StepRig& rig, const Transformer& model, Kernels& lane, int sequences, bool draft, int rows = 1)
+        : model_(model), activations_(model.make_activations(sequences * rows, sequences * rows, rig.device(), lane)) {
       for (int layer = 0; layer < rig.shape_.layers; ++layer) {
         for (int s = 0; s < sequences; ++s) {
-          rows_.push_back(rig.row(layer, s));
+          rows_.push_back(rig.rows(layer, s, rows));
         }
       }
       for (int s = 0; s < sequences; ++s) {
-        const SequenceRows& row = rows_[static_cast<size_t>(s)];
-        choices_.push_back({.row = s, .position = row.position + 1, .token = row.tokens + row.position + 1});
+        const SequenceRows& of = rows_[static_cast<size_t>(s)];
+        for (int i = 0; i < rows; ++i) {
+          const int position = of.position + i + 1;
+          choices_.push_back({.row = of.first_row + i, .position = position, .token = of.tokens + position});
+        }
       }
       pass_ = {.buffers = this,
-               .rows = sequences,
+               .rows = sequences * rows,
                .layers = rig.shape_.layers,
                .draft = draft,
                .sequences = rows_,
@@ -227,12 +232,12 @@ class StepRig {
     kernels_->wait(kernels_->mark());
   }
 
-  SequenceRows row(int layer, int sequence) const {
+  SequenceRows rows(int layer, int sequence, int count) const {
     const size_t table =
         static_cast<size_t>(layer) * static_cast<size_t>(sizes_.sequences) + static_cast<size_t>(sequence);
     const int position = pages_ * kPageTokens + kPageTokens / 2;
-    SequenceRows row{.first_row = sequence,
-                     .rows = 1,
+    SequenceRows row{.first_row = sequence * count,
+                     .rows = count,
                      .position = position,
                      .tokens = board_ + static_cast<ptrdiff_t>(sequence) * board_tokens()};
     row.kv = {{.format = sizes_.format,
