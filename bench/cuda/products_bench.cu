@@ -1,5 +1,5 @@
 // What exactness costs in matrix products: the 8B shape's weights at some row counts, in the one bit class and with
-// every algorithm allowed, split-K included; and what drafts of few rows take. Random data, a cold cache, CUDA graphs of some products over different
+// every algorithm allowed, split-K included. Random data, a cold cache, CUDA graphs of some products over different
 // weights.
 //   products_bench [ROWS]    row counts up to ROWS (2048)
 #include <algorithm>
@@ -11,7 +11,6 @@
 #include <random>
 #include <vector>
 
-#include "backend/cuda/few_rows.h"
 #include "backend/cuda/products.h"
 
 namespace vericache::cuda {
@@ -116,15 +115,10 @@ void measure(const Weight& weight, int max_rows, std::vector<double>& exact_us, 
       const double a = with(exact);
       const double b = with(free_choice);
       const double again = with(exact);
-      const double few = !few_rows_fit(weights.front(), rows)
-                             ? 0
-                             : microseconds(stream, weights, [&](const PackedMatrix& matrix) {
-                                 few_rows_product(matrix, x.data(), rows, y.data(), weight.epilogue, stream);
-                               });
       const double bytes =
           static_cast<double>(values) * 2 + static_cast<double>(rows) * (weight.in * 2.0 + weight.out * 4.0);
-      std::printf("%-8s %6d x %-6d %5d  %9.1f (%9.1f)  %9.1f  %+6.1f %%  %9.1f  %7.1f  %7.0f\n", weight.name,
-                  weight.out, weight.in, rows, a, again, b, (a / b - 1) * 100, few, flops / a * 1e-6, bytes / a * 1e-3);
+      std::printf("%-8s %6d x %-6d %5d  %9.1f (%9.1f)  %9.1f  %+6.1f %%  %7.1f  %7.0f\n", weight.name,
+                  weight.out, weight.in, rows, a, again, b, (a / b - 1) * 100, flops / a * 1e-6, bytes / a * 1e-3);
       exact_us.push_back(a);
       free_us.push_back(b);
     }
@@ -148,8 +142,8 @@ int main(int argc, char** argv) {
                                         {"down", 4096, 14336, Epilogue::add}};
   std::vector<double> exact_total(row_counts.size(), 0);
   std::vector<double> free_total(row_counts.size(), 0);
-  std::printf("%-8s %6s x %-6s %5s  %9s (%9s)  %9s  %8s  %9s  %7s  %7s\n", "weight", "out", "in", "rows", "exact us",
-              "again", "free us", "cost", "few us", "TFLOP/s", "GB/s");
+  std::printf("%-8s %6s x %-6s %5s  %9s (%9s)  %9s  %8s  %7s  %7s\n", "weight", "out", "in", "rows", "exact us",
+              "again", "free us", "cost", "TFLOP/s", "GB/s");
   for (const cuda::Weight& weight : layer) {
     std::vector<double> exact_us;
     std::vector<double> free_us;

@@ -301,12 +301,6 @@ class Kernels : public Lane {
   virtual void rms_norm(const float* x, const float* weight, float eps, int rows, int dim, bf16* out) = 0;
   virtual void silu_mul(const float* gate_up, int rows, int dim,
                         bf16* out) = 0;  // gate_up (rows, 2 dim), out (rows, padded_dim(dim))
-  // silu_mul of a product: x (rows, padded_dim(in)), out (rows, padded_dim(gate_up.out / 2)). product (rows,
-  // gate_up.out): for whom makes it.
-  virtual void gate_product(const PackedMatrix& gate_up, const bf16* x, int rows, float* product, bf16* out) {
-    matmul(gate_up, x, rows, product, Epilogue::store);
-    silu_mul(product, rows, gate_up.out / 2, out);
-  }
   virtual void store_qkv(const QkvArgs& args) = 0;
   virtual void attention(const AttentionArgs& args) = 0;
   // out (logit rows, dim): the rows that pass.logit_rows name.

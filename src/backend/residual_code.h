@@ -3,6 +3,7 @@
 #pragma once
 
 #include <bit>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 
@@ -73,7 +74,7 @@ struct ResidualField {
   VERICACHE_BOTH bool open() const { return likely || magnitude_bits == kOpenBits; }
 };
 
-// Two floats to the nearest bf16, ties to even, the first in the low half. NaN gives something.
+// Two floats to the nearest bf16, ties to even, the first in the low half. NaN gives 0x7fff.
 VERICACHE_BOTH inline uint32_t residual_round(float first, float second) {
 #ifdef __CUDA_ARCH__
   uint32_t pair;
@@ -82,7 +83,7 @@ VERICACHE_BOTH inline uint32_t residual_round(float first, float second) {
 #else
   const auto round = [](float x) {
     const auto u = std::bit_cast<uint32_t>(x);
-    return (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    return std::isnan(x) ? 0x7fffu : (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   };
   return round(first) | round(second) << 16;
 #endif
@@ -99,14 +100,11 @@ VERICACHE_BOTH inline int residual_log2(uint32_t x) {
 
 // A value lies between minimum + first * scale and minimum + last * scale, where first and last have 9 significant bits
 // at most. Near zero such an interval holds every small exponent: what is below a sixteenth of its far end escapes, so
-// that no code leaves more than kMostFieldBits open.
+// that no code leaves more than kMostFieldBits open. An end that is no number counts as one of the largest magnitude.
 VERICACHE_BOTH inline ResidualField interval_field(float first, float last, float scale, float minimum) {
   // Products of 9 and 8 significant bits are exact: only the sums round, contracted or not.
   const float low = minimum + first * scale;
   const float high = minimum + last * scale;
-  if (!(low <= high)) {
-    return {};  // NaN: hardly a value fits
-  }
   const uint32_t pair = residual_round(low, high);
   const uint32_t magnitude_low = pair & 0x7fffu;
   const uint32_t magnitude_high = pair >> 16 & 0x7fffu;

@@ -95,13 +95,11 @@ void Transformer::layer(int index, const PassRows& pass, Activations& a) const {
   }
 
   kernels.rms_norm(a.hidden, w.mlp_norm, config_.rms_norm_eps, rows, config_.hidden_size, a.normed);
-  if (w.gate_up_bias == nullptr) {
-    kernels.gate_product(w.gate_up, a.normed, rows, a.gate_up, a.activated);
-  } else {
-    kernels.matmul(w.gate_up, a.normed, rows, a.gate_up, Epilogue::store);
+  kernels.matmul(w.gate_up, a.normed, rows, a.gate_up, Epilogue::store);
+  if (w.gate_up_bias != nullptr) {
     kernels.add_bias(w.gate_up_bias, rows, 2 * config_.intermediate_size, a.gate_up);
-    kernels.silu_mul(a.gate_up, rows, config_.intermediate_size, a.activated);
   }
+  kernels.silu_mul(a.gate_up, rows, config_.intermediate_size, a.activated);
   kernels.matmul(w.down, a.activated, rows, a.hidden, Epilogue::add);
   if (w.down_bias != nullptr) {
     kernels.add_bias(w.down_bias, rows, config_.hidden_size, a.hidden);

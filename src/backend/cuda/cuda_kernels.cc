@@ -8,7 +8,6 @@
 #include "backend/cuda/cuda_device.h"
 #include "backend/cuda/cuda_lane.h"
 #include "backend/cuda/draft_graphs.h"
-#include "backend/cuda/few_rows.h"
 #include "backend/cuda/ops.h"
 #include "backend/cuda/pass_stage.h"
 #include "backend/cuda/products.h"
@@ -99,18 +98,8 @@ class CudaKernels final : public Kernels {
     cuda::embed(table, staged(pass), out, stream());
   }
   void matmul(const PackedMatrix& weight, const bf16* x, int rows, float* y, Epilogue epilogue) override {
-    if (place_ == Place::draft && few_rows_fit(weight, rows)) {
-      return few_rows_product(weight, x, rows, y, epilogue, stream());
-    }
     const Products& products = place_ == Place::draft ? *root_->draft_products_ : *root_->products_;
     products.multiply(passes().product, weight, x, rows, y, epilogue);
-  }
-  void gate_product(const PackedMatrix& gate_up, const bf16* x, int rows, float* product, bf16* out) override {
-    const int dim = gate_up.out / 2;
-    if (place_ == Place::draft && few_rows_fit(gate_up, rows) && padded_dim(dim) == dim) {
-      return few_rows_gate(gate_up, x, rows, out, stream());
-    }
-    Kernels::gate_product(gate_up, x, rows, product, out);
   }
   void add_bias(const float* bias, int rows, int dim, float* y) override {
     cuda::add_bias(bias, rows, dim, y, stream());

@@ -43,8 +43,7 @@ __device__ inline uint32_t pack_interval_field(float first, float last, float sc
   const uint32_t bottom = __vminu2(magnitudes, turned) & ~either;
   // In the high half of the difference; none is below 15.
   const auto bits = static_cast<uint32_t>(__viaddmin_s32_relu(highest_bit(top - bottom), -15, kOpenBits));
-  const uint32_t packed = select_or(either, kCodesSign | 1u, select_sign(pair, top << 16)) + bits;
-  return low <= high ? packed : pack_field({});
+  return select_or(either, kCodesSign | 1u, select_sign(pair, top << 16)) + bits;
 }
 // And of affine_field().
 __device__ inline uint32_t pack_affine_field(uint32_t code, float scale, float minimum) {

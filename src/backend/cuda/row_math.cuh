@@ -71,11 +71,6 @@ __device__ inline float rms_factor(float squares, int dim, float eps) {
   return 1.0f / sqrtf(squares / static_cast<float>(dim) + eps);
 }
 
-// expf of a large number is +inf, and g / inf is the 0 that silu has there.
-__device__ inline float silu(float g) {
-  return g / (1.0f + expf(-g));
-}
-
 inline uint16_t* bits(bf16* values) {
   return reinterpret_cast<uint16_t*>(values);
 }

@@ -140,6 +140,11 @@ __global__ void __launch_bounds__(kNormThreads)
   zero_padding(target, dim, padded);
 }
 
+// expf of a large number is +inf, and g / inf is the 0 that silu has there.
+__device__ float silu(float g) {
+  return g / (1.0f + expf(-g));
+}
+
 template <bool kWide>
 __global__ void silu_mul_kernel(const float* __restrict__ gate_up, int dim, int padded, uint16_t* __restrict__ out) {
   await_kernels_before();
