@@ -152,11 +152,22 @@ __device__ void make_table(const Part& own, const std::byte* part, uint32_t* tab
   const unsigned code = threadIdx.x % kCodes;
   const auto first = static_cast<int>(threadIdx.x / kCodes);
   uint32_t* const fields = table + static_cast<unsigned>(table_place(first)) * kCodes + code;
-#pragma unroll
-  for (int step = 0; step < kGroups; step += kStep) {
+  const auto interval = [&](int group) { return interval_of(kFormat, code, own.affine_group(part, group)); };
+  const auto put = [&](int step, uint32_t field) {
     if (kGroups % kStep == 0 || step + first < kGroups) {
-      fields[step * static_cast<int>(kCodes)] =
-          pack_residual_field(kFormat, code, own.affine_group(part, step + first));
+      fields[step * static_cast<int>(kCodes)] = field;
+    }
+  };
+#pragma unroll
+  for (int step = 0; step < kGroups; step += 2 * kStep) {
+    // Two groups at once; the other of the last one is itself, where there is none.
+    const int next = step + kStep < kGroups ? step + kStep : step;
+    uint32_t field;
+    uint32_t other;
+    pack_intervals(interval(min(step + first, kGroups - 1)), interval(min(next + first, kGroups - 1)), field, other);
+    put(step, field);
+    if (next != step) {
+      put(next, other);
     }
   }
 }
@@ -275,9 +286,18 @@ __device__ __forceinline__ void decode_part(const BlockReader& block, const Part
             constexpr KvPart kFormat = Format();
             look_up<kFormat.bits>(part.table, own.first_affine_group(places[r]), codes, fields[r]);
           } else {
+            Interval intervals[kLaneValues];
             own.with_codes(part.packed, places[r], [&](int i, uint32_t code, const ResidualGroup& group) {
-              fields[r][i] = pack_residual_field(own.format, code, group);
+              if constexpr (kIntervals<Format>) {
+                intervals[i] = interval_of(own.format, code, group);
+              } else {
+                fields[r][i] = pack_field(residual_field(own.format, code, group));
+              }
             });
+#pragma unroll
+            for (int i = 0; kIntervals<Format> && i < kLaneValues; i += 2) {
+              pack_intervals(intervals[i], intervals[i + 1], fields[r][i], fields[r][i + 1]);
+            }
           }
           if constexpr (kOutliers) {
             close_fields(outliers_of(part.map, places[r].row, lane), fields[r]);

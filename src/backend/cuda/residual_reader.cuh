@@ -25,43 +25,50 @@ __device__ inline int highest_bit(uint32_t word) {
   asm("bfind.u32 %0, %1;" : "=r"(place) : "r"(word));
   return place;
 }
-// The rest with the sign of a word.
-__device__ inline uint32_t select_sign(uint32_t of, uint32_t rest) {
-  return select_or(of, 0x80000000u, rest);
+// All ones in each half whose highest bit is set.
+__device__ inline uint32_t fill_halves(uint32_t word) {
+  uint32_t filled;
+  asm("prmt.b32 %0, %1, 0, 0xbb99;" : "=r"(filled) : "r"(word));
+  return filled;
 }
-// The same of interval_field(), without a branch.
-__device__ inline uint32_t pack_interval_field(float first, float last, float scale, float minimum) {
-  // The products are exact: only the sums round.
-  const float low = fmaf(first, scale, minimum);
-  const float high = fmaf(last, scale, minimum);
-  const uint32_t pair = residual_round(low, high);
-  const auto either = static_cast<uint32_t>(static_cast<int32_t>(pair ^ pair << 16) >> 31);  // all ones or none
-  const uint32_t magnitudes = pair & 0x7fff7fffu;
-  const uint32_t turned = __byte_perm(magnitudes, 0, 0x1032);
-  // In both halves the larger magnitude, and the smaller one.
-  const uint32_t top = __vmaxu2(magnitudes, turned);
-  const uint32_t bottom = __vminu2(magnitudes, turned) & ~either;
-  // In the high half of the difference; none is below 15.
-  const auto bits = static_cast<uint32_t>(__viaddmin_s32_relu(highest_bit(top - bottom), -15, kOpenBits));
-  return select_or(either, kCodesSign | 1u, select_sign(pair, top << 16)) + bits;
-}
-// And of affine_field().
-__device__ inline uint32_t pack_affine_field(uint32_t code, float scale, float minimum) {
-  const auto step = static_cast<float>(code);
-  return pack_interval_field(step - 0.5f, step + 0.5f, scale, minimum);
-}
-__device__ inline uint32_t pack_residual_field(const KvPart& part, uint32_t code, const ResidualGroup& group) {
+
+// The interval that a code of a part that has such stands for: the ends of interval_field().
+template <typename Format>
+constexpr bool kIntervals = false;
+template <int kBits, KvCode kCode>
+constexpr bool kIntervals<FixedPart<kBits, kCode>> =
+    kCode == KvCode::affine || kCode == KvCode::int8 || kCode == KvCode::nuq;
+struct Interval {
+  float low;
+  float high;
+};
+__device__ inline Interval interval_of(const KvPart& part, uint32_t code, const ResidualGroup& group) {
   const float scale = float_of_bits(group.first << 16);
-  if (part.code == KvCode::affine) {
-    return pack_affine_field(code, scale, float_of_bits(group.second << 16));
-  }
-  if (part.code == KvCode::nuq) {
-    return pack_interval_field(nuq_low(group.levels, code), nuq_high(group.levels, code, part.bits), scale,
-                               float_of_bits(group.second << 16));
-  }
-  return part.code == KvCode::int8
-             ? pack_affine_field(static_cast<uint32_t>(int8_of(code) + 128), scale, -128.0f * scale)
-             : pack_field(residual_field(part, code, group));
+  const bool signed_code = part.code == KvCode::int8;
+  const float minimum = signed_code ? -128.0f * scale : float_of_bits(group.second << 16);
+  const auto step = static_cast<float>(signed_code ? static_cast<uint32_t>(int8_of(code) + 128) : code);
+  const bool levels = part.code == KvCode::nuq;
+  const float first = levels ? nuq_low(group.levels, code) : step - 0.5f;
+  const float last = levels ? nuq_high(group.levels, code, part.bits) : step + 0.5f;
+  // The products are exact: only the sums round.
+  return {fmaf(first, scale, minimum), fmaf(last, scale, minimum)};
+}
+// interval_field() of two intervals, in the halves of words as far as they allow, without a branch.
+__device__ inline void pack_intervals(const Interval& a, const Interval& b, uint32_t& first, uint32_t& second) {
+  const uint32_t lows = residual_round(a.low, b.low);
+  const uint32_t highs = residual_round(a.high, b.high);
+  const uint32_t either = fill_halves(lows ^ highs);
+  const uint32_t top = __vmaxu2(lows & 0x7fff7fffu, highs & 0x7fff7fffu);
+  const uint32_t bottom = __vminu2(lows & 0x7fff7fffu, highs & 0x7fff7fffu) & ~either;
+  const uint32_t open = top - bottom;
+  const auto bits = [](uint32_t magnitudes) {
+    return static_cast<uint32_t>(__viaddmin_s32(highest_bit(magnitudes), 1, kOpenBits));
+  };
+  // Of two signs one is set, as kCodesSign wants it.
+  const uint32_t tops = top + ((lows | highs) & 0x80008000u);
+  constexpr uint32_t kSignBit = (kCodesSign & 0xffffu) + 1;
+  first = tops * 0x10000u + (either & kSignBit) + bits(open & 0xffffu);
+  second = (tops & 0xffff0000u) + (either >> 31) * kSignBit + bits(open >> 16);
 }
 
 // As many ones as the low five bits of `count` say.
