@@ -22,8 +22,10 @@ constexpr double kMemoryTokens = 512;
 constexpr double kMemoryRounds = 40;
 constexpr double kLargestStep = 1.0 / 2;  // of the horizon, in one report
 
-double cost_of(int horizon, const RoundCost& cost) {
-  return std::max(horizon * cost.draft_token, cost.wire) + cost.verify + cost.verify_token * (horizon + 1);
+// stands: the chance that all drafts do.
+double cost_of(int horizon, double stands, const RoundCost& cost) {
+  return std::max(horizon * cost.draft_token, cost.wire) + cost.verify + cost.verify_token * (horizon + 1) +
+         (1 - stands) * cost.verdict;
 }
 
 // The horizon of the best rate, the least one if several share it.
@@ -38,7 +40,7 @@ int best_horizon(int least, int most, double agreement, const RoundCost& cost) {
     if (horizon < least) {
       continue;
     }
-    const double rate = expected / std::max(cost_of(horizon, cost), std::numeric_limits<double>::min());
+    const double rate = expected / std::max(cost_of(horizon, reached, cost), std::numeric_limits<double>::min());
     if (rate > best_rate) {
       best = horizon;
       best_rate = rate;
@@ -51,7 +53,8 @@ int best_horizon(int least, int most, double agreement, const RoundCost& cost) {
 
 double round_rate(int horizon, double agreement, const RoundCost& cost) {
   const double expected = agreement < 1 ? (1 - std::pow(agreement, horizon + 1)) / (1 - agreement) : horizon + 1;
-  return expected / std::max(cost_of(horizon, cost), std::numeric_limits<double>::min());
+  const double time = cost_of(horizon, std::pow(agreement, horizon), cost);
+  return expected / std::max(time, std::numeric_limits<double>::min());
 }
 
 Horizon Horizon::fixed(int tokens) {
@@ -70,7 +73,7 @@ Horizon Horizon::adaptive(int least, int most) {
 
 void Horizon::report(int drafted, int accepted, const RoundCost& cost) {
   check(accepted >= 0 && accepted <= drafted, "a round accepts 0 to all of its drafts");
-  check(cost.draft_token >= 0 && cost.wire >= 0 && cost.verify >= 0 && cost.verify_token >= 0,
+  check(cost.draft_token >= 0 && cost.wire >= 0 && cost.verify >= 0 && cost.verify_token >= 0 && cost.verdict >= 0,
         "a cost is not negative");
   // Drafts after the first refusal were never judged: they say nothing about agreement.
   const int refused = accepted < drafted ? 1 : 0;

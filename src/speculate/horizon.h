@@ -10,11 +10,12 @@ struct RoundCost {
   double wire = 0;          // bringing its residual; hidden behind drafting as far as drafting lasts
   double verify = 1;        // the verify pass itself
   double verify_token = 0;  // more for each verified row
+  double verdict = 0;       // from the last draft that is verified to the verdict: lost where one of them is refused
 };
 
 // Tokens per unit of cost of rounds with this horizon when each draft token agrees with probability `agreement`, given
 // that those before it did: (1 + p + ... + p^horizon) / (max(horizon * draft_token, wire) + verify + verify_token *
-// (horizon + 1)).
+// (horizon + 1) + (1 - p^horizon) * verdict).
 double round_rate(int horizon, double agreement, const RoundCost& cost);
 
 // Follows one sequence's acceptance. A fixed horizon ignores it.

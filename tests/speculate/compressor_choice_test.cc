@@ -107,6 +107,15 @@ TEST(CompressorChoice, ASlowWireFavoursWhatBringsLittle) {
   EXPECT_EQ(slow.forecasts[1].bound, DecodingBound::wire);
 }
 
+TEST(CompressorChoice, WhatIsDraftedBeforeARefusalIsKnownIsLost) {
+  DecodingCircumstances here = roomy();
+  here.least_horizon = here.most_horizon = 3;
+  here.wire_bytes_per_second = 1e6;  // 1 ms, less than three drafts take
+  // 1.875 tokens in 3 ms of drafts, 2 ms of verification and, seven times of eight, 1 ms of drafts for nothing.
+  EXPECT_NEAR(forecast(drafting("x", 0.5), here).tokens_per_second, 1.875 / 5.875e-3, 1e-2);
+  EXPECT_NEAR(forecast(drafting("sure", 1), here).tokens_per_second, 4 / 5e-3, 1e-1);
+}
+
 TEST(CompressorChoice, NothingMayFit) {
   const std::vector<CompressorCandidate> candidates = {full_cache(20000)};
   const CompressorChoice choice = choose_compressor(candidates, roomy());
