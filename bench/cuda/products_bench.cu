@@ -117,8 +117,8 @@ void measure(const Weight& weight, int max_rows, std::vector<double>& exact_us, 
       const double again = with(exact);
       const double bytes =
           static_cast<double>(values) * 2 + static_cast<double>(rows) * (weight.in * 2.0 + weight.out * 4.0);
-      std::printf("%-8s %6d x %-6d %5d  %9.1f (%9.1f)  %9.1f  %+6.1f %%  %7.1f  %7.0f\n", weight.name,
-                  weight.out, weight.in, rows, a, again, b, (a / b - 1) * 100, flops / a * 1e-6, bytes / a * 1e-3);
+      std::printf("%-8s %6d x %-6d %5d  %9.1f (%9.1f)  %9.1f  %+6.1f %%  %7.1f  %7.0f\n", weight.name, weight.out,
+                  weight.in, rows, a, again, b, (a / b - 1) * 100, flops / a * 1e-6, bytes / a * 1e-3);
       exact_us.push_back(a);
       free_us.push_back(b);
     }

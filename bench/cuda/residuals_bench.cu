@@ -157,10 +157,7 @@ void bench(const char* name, const KvFormat& format, ResidualCode code, const Me
            m.proofs, nullptr);
   };
   for (int set = 0; set < kSets; ++set) {
-    checksum({.first = m.plain + static_cast<size_t>(set) * bytes,
-              .stride = m.page,
-              .bytes = m.page,
-              .count = kPages},
+    checksum({.first = m.plain + static_cast<size_t>(set) * bytes, .stride = m.page, .bytes = m.page, .count = kPages},
              m.checksums + set * kPages, nullptr);
   }
   const double decode_us = median_us([&](int set) { decode_set(set, false); });
@@ -171,10 +168,11 @@ void bench(const char* name, const KvFormat& format, ResidualCode code, const Me
   check_cuda(cudaMemcpy(after.data(), m.back, bytes, cudaMemcpyDeviceToHost), "download");
   const double encode_us = median_us([&](int set) { encode_some(set, 0, m.coded); });
   const double encode_bytes = static_cast<double>(EncodeArgs::kMostPages * m.page);
-  std::printf("%-10s %7.3f bits a value  decode %8.1f us %7.0f GB/s of output, proved %6.1f us   encode %4.0f GB/s   %s\n", name,
-              8.0 * static_cast<double>(coded_bytes) / (static_cast<double>(bytes) / 2), decode_us,
-              static_cast<double>(bytes) / decode_us * 1e-3, proved_us, encode_bytes / encode_us * 1e-3,
-              before == after && *m.mismatches == 0 ? "every bit came back" : "NOT WHAT WAS ENCODED");
+  std::printf(
+      "%-10s %7.3f bits a value  decode %8.1f us %7.0f GB/s of output, proved %6.1f us   encode %4.0f GB/s   %s\n",
+      name, 8.0 * static_cast<double>(coded_bytes) / (static_cast<double>(bytes) / 2), decode_us,
+      static_cast<double>(bytes) / decode_us * 1e-3, proved_us, encode_bytes / encode_us * 1e-3,
+      before == after && *m.mismatches == 0 ? "every bit came back" : "NOT WHAT WAS ENCODED");
 }
 
 }  // namespace
@@ -186,8 +184,7 @@ int main(int argc, char** argv) {
   const cuda::Memory memory;
   cuda::fill_kernel<<<1024, 256>>>(reinterpret_cast<uint16_t*>(memory.plain),
                                    cuda::kSets * cuda::kPages * memory.page / 2);
-  const auto bench = [&](const std::string& name, const KvFormat& format,
-                         ResidualCode code = ResidualCode::resident) {
+  const auto bench = [&](const std::string& name, const KvFormat& format, ResidualCode code = ResidualCode::resident) {
     if (name.starts_with(wanted)) {
       cuda::bench(name.c_str(), format, code, memory);
     }

@@ -14,17 +14,10 @@ size_t H2o::notes_bytes(int max_tokens, const KvShape& shape) const {
 }
 
 void H2o::observe(Kernels& kernels, const FullLayer& full, const Attended& seen) {
-  kernels.attention_mass({.shape = full.shape,
-                          .heads = seen.heads,
-                          .scale = seen.scale,
-                          .queries = seen.queries,
-                          .rows = seen.rows,
-                          .position = seen.position,
-                          .kv = full.kv,
-                          .tokens = seen.position + seen.rows,
-                          .mass = reinterpret_cast<float*>(seen.notes.device),
-                          .stride = seen.notes.max_tokens,
-                          .added = seen.notes.observed});
+  MassArgs args = mass_args(full, seen.position + seen.rows, seen, reinterpret_cast<float*>(seen.notes.device),
+                            seen.notes.max_tokens);
+  args.added = seen.notes.observed;
+  kernels.attention_mass(args);
 }
 
 void H2o::score(Kernels& kernels, const FullLayer& full, int tokens, const Attended& seen, float* scores) {

@@ -16,18 +16,10 @@ size_t KvZip::notes_bytes(int max_tokens, const KvShape& shape) const {
 }
 
 void KvZip::reconstruct(Kernels& kernels, const FullLayer& full, int tokens, const Attended& seen) {
-  kernels.attention_mass({.shape = full.shape,
-                          .heads = seen.heads,
-                          .scale = seen.scale,
-                          .queries = seen.queries,
-                          .rows = seen.rows,
-                          .position = seen.position,
-                          .kv = full.kv,
-                          .tokens = tokens,
-                          .mass = reinterpret_cast<float*>(seen.notes.device),
-                          .stride = seen.notes.max_tokens,
-                          .added = seen.notes.reconstructed,
-                          .of = MassOf::largest});
+  MassArgs args = mass_args(full, tokens, seen, reinterpret_cast<float*>(seen.notes.device), seen.notes.max_tokens);
+  args.added = seen.notes.reconstructed;
+  args.of = MassOf::largest;
+  kernels.attention_mass(args);
 }
 
 void KvZip::score(Kernels& kernels, const FullLayer& full, int tokens, const Attended& seen, float* scores) {

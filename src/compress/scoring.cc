@@ -12,17 +12,21 @@ size_t score_bytes(int tokens, const KvShape& shape) {
 
 }  // namespace
 
+MassArgs mass_args(const FullLayer& full, int tokens, const Attended& seen, float* mass, int stride) {
+  return {.shape = full.shape,
+          .heads = seen.heads,
+          .scale = seen.scale,
+          .queries = seen.queries,
+          .rows = seen.rows,
+          .position = seen.position,
+          .kv = full.kv,
+          .tokens = tokens,
+          .mass = mass,
+          .stride = stride};
+}
+
 void write_mass(Kernels& kernels, const FullLayer& full, int tokens, const Attended& seen, float* mass) {
-  kernels.attention_mass({.shape = full.shape,
-                          .heads = seen.heads,
-                          .scale = seen.scale,
-                          .queries = seen.queries,
-                          .rows = seen.rows,
-                          .position = seen.position,
-                          .kv = full.kv,
-                          .tokens = tokens,
-                          .mass = mass,
-                          .stride = tokens});
+  kernels.attention_mass(mass_args(full, tokens, seen, mass, tokens));
 }
 
 // Counts of the heads, scores, what the method needs.

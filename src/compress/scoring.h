@@ -6,6 +6,8 @@
 
 namespace vericache {
 
+// What the queries that were seen give the first `tokens` tokens of the layer, into mass (kv_heads, stride).
+MassArgs mass_args(const FullLayer& full, int tokens, const Attended& seen, float* mass, int stride);
 // Attention mass of tokens [0, tokens) under the queries that were seen: mass (kv_heads, tokens), device memory.
 void write_mass(Kernels& kernels, const FullLayer& full, int tokens, const Attended& seen, float* mass);
 

@@ -33,8 +33,8 @@ CompressorForecast plain_forecast(const CompressorCandidate& candidate, const De
           .bound = wire > pass ? DecodingBound::wire : DecodingBound::verify};
 }
 
-// A round of all sequences: they draft together, and are verified one by one while others draft. A verdict comes when all
-// layers have crossed the wire.
+// A round of all sequences: they draft together, and are verified one by one while others draft. A verdict comes when
+// all layers have crossed the wire.
 RoundCost round_cost(const CompressorCandidate& candidate, const DecodingCircumstances& c, int n) {
   return {.draft_token = candidate.draft_base + n * candidate.draft_row,
           .wire = n * wire_seconds(candidate, c),

@@ -5,6 +5,7 @@
 
 #include "backend/cuda/attention_plan.h"
 #include "backend/cuda/attention_tile.cuh"
+#include "backend/cuda/head_dim.h"
 #include "backend/cuda/ops.h"
 #include "base/check.h"
 
@@ -364,18 +365,8 @@ void attention(const AttentionArgs& args, const StagedPass& pass, const Attentio
                        .group = args.heads / shape.kv_heads,
                        .scale = args.scale * kLog2E};
   // These dims are multiples of 32: out has no padding columns, and keys none either.
-  switch (shape.head_dim) {
-    case 32:
-      return launch<32>(tiles, plan, device_tiles, device_combine, stream);
-    case 64:
-      return launch<64>(tiles, plan, device_tiles, device_combine, stream);
-    case 96:
-      return launch<96>(tiles, plan, device_tiles, device_combine, stream);
-    case 128:
-      return launch<128>(tiles, plan, device_tiles, device_combine, stream);
-    default:
-      check(false, "head_dim is 32, 64, 96 or 128");
-  }
+  for_head_dim(shape.head_dim,
+               [&](auto dim) { launch<decltype(dim)::kValue>(tiles, plan, device_tiles, device_combine, stream); });
 }
 
 }  // namespace vericache::cuda

@@ -3,6 +3,7 @@
 // at a time, in rising order.
 #include <cuda_runtime.h>
 
+#include "backend/cuda/head_dim.h"
 #include "backend/cuda/key_tile.cuh"
 #include "backend/cuda/ops.h"
 #include "base/check.h"
@@ -123,18 +124,7 @@ void attention_mass(const MassArgs& args, cudaStream_t stream) {
   if (args.tokens == 0) {
     return;
   }
-  switch (args.shape.head_dim) {
-    case 32:
-      return launch<32>(args, stream);
-    case 64:
-      return launch<64>(args, stream);
-    case 96:
-      return launch<96>(args, stream);
-    case 128:
-      return launch<128>(args, stream);
-    default:
-      check(false, "attention mass runs for head dims 32, 64, 96 and 128");
-  }
+  for_head_dim(args.shape.head_dim, [&](auto dim) { launch<decltype(dim)::kValue>(args, stream); });
 }
 
 }  // namespace vericache::cuda

@@ -7,6 +7,7 @@
 
 #include "backend/cuda/dependent_launch.cuh"
 #include "backend/cuda/draft_warp.cuh"
+#include "backend/cuda/head_dim.h"
 #include "backend/cuda/ops.h"
 #include "base/check.h"
 
@@ -315,7 +316,8 @@ void launch(const DraftArgs& args, int kv_heads, int sequences, cudaStream_t str
     launch_splits<kHeadDim, false>(args, blocks, stream);
   }
   const dim3 rows(static_cast<unsigned>(args.heads), static_cast<unsigned>(sequences));
-  launch_behind(fold_splits_kernel<kHeadDim>, "draft attention, folding of splits", rows, kFoldThreads, 0, stream, args);
+  launch_behind(fold_splits_kernel<kHeadDim>, "draft attention, folding of splits", rows, kFoldThreads, 0, stream,
+                args);
 }
 
 // What lies behind the partial results where pages are chosen, for `pairs` (sequence, KV head).
@@ -401,18 +403,7 @@ void draft_attention(const AttentionArgs& args, const KvFormat& format, const St
     draft.chosen_tokens = choice.tokens;
     draft.chosen_stride = choice.stride;
   }
-  switch (head_dim) {
-    case 32:
-      return launch<32>(draft, shape.kv_heads, pass.count, stream);
-    case 64:
-      return launch<64>(draft, shape.kv_heads, pass.count, stream);
-    case 96:
-      return launch<96>(draft, shape.kv_heads, pass.count, stream);
-    case 128:
-      return launch<128>(draft, shape.kv_heads, pass.count, stream);
-    default:
-      check(false, "draft attention runs for head dims 32, 64, 96 and 128");
-  }
+  for_head_dim(head_dim, [&](auto dim) { launch<decltype(dim)::kValue>(draft, shape.kv_heads, pass.count, stream); });
 }
 
 }  // namespace vericache::cuda

@@ -3,6 +3,7 @@
 // second kernel adds the pieces up in their order.
 #include <cuda_runtime.h>
 
+#include "backend/cuda/head_dim.h"
 #include "backend/cuda/key_tile.cuh"
 #include "backend/cuda/ops.h"
 #include "base/check.h"
@@ -145,18 +146,7 @@ void key_scores(const KeyScoreArgs& args, cudaStream_t stream) {
   if (args.tokens == 0) {
     return;
   }
-  switch (args.shape.head_dim) {
-    case 32:
-      return launch<32>(args, stream);
-    case 64:
-      return launch<64>(args, stream);
-    case 96:
-      return launch<96>(args, stream);
-    case 128:
-      return launch<128>(args, stream);
-    default:
-      check(false, "key scores run for head dims 32, 64, 96 and 128");
-  }
+  for_head_dim(args.shape.head_dim, [&](auto dim) { launch<decltype(dim)::kValue>(args, stream); });
 }
 
 }  // namespace vericache::cuda

@@ -75,8 +75,7 @@ class HeadPageOut {
 
   __device__ HeadPageOut(const DecodeArgs& args, int page, int head)
       : first_(static_cast<uint32_t>(head * kVectors)),
-        vectors_(reinterpret_cast<uint4*>(args.out) +
-                 static_cast<size_t>(page) * gridDim.y * kVectors + first_),
+        vectors_(reinterpret_cast<uint4*>(args.out) + static_cast<size_t>(page) * gridDim.y * kVectors + first_),
         proves_(args.checksums != nullptr) {}
 
   // row: of the block.
@@ -122,7 +121,8 @@ __device__ void prove_block(const DecodeArgs& args, int page, const HeadPageOut<
     return;
   }
   __threadfence();
-  const uint64_t whole = finish_checksum(atomicExch(&proof.sum, 0ull), gridDim.y * BlockShape<kHeadDim>::kHeadPageBytes);
+  const uint64_t whole =
+      finish_checksum(atomicExch(&proof.sum, 0ull), gridDim.y * BlockShape<kHeadDim>::kHeadPageBytes);
   proof.blocks = 0;
   count_mismatch(whole != args.checksums[page], static_cast<unsigned>(args.count), args.mismatches, proofs->counters());
 }
@@ -341,7 +341,8 @@ __global__ void __launch_bounds__(kThreads, kForm == Form::rotated ? 3 : 4)
   const auto* block_ends = reinterpret_cast<const uint32_t*>(in);
   const uint32_t begin = head == 0 ? residual_header_units(args.shape) : min(block_ends[head - 1], units);
   const uint32_t end = max(min(block_ends[head], units), begin);
-  copy_to_shared(coded, in + begin * kResidualUnit, min((end - begin) * static_cast<uint32_t>(kResidualUnit), Memory::kBlockBytes));
+  copy_to_shared(coded, in + begin * kResidualUnit,
+                 min((end - begin) * static_cast<uint32_t>(kResidualUnit), Memory::kBlockBytes));
   if (threadIdx.x == 0) {
     BlockReader::begin(coded, BlockShape<kHeadDim>::kRows);
   }
@@ -408,9 +409,8 @@ void decode(const DecodeArgs& args, PageProof* proofs, cudaStream_t stream) {
     call.checksums = nullptr;  // outliers are written over what rows gave
   }
   for_head_dim(args.shape.head_dim, [&](auto dim) {
-    for_form(form, [&](auto which) {
-      launch_decode<decltype(dim)::kValue, decltype(which)::kValue>(call, proofs, stream);
-    });
+    for_form(form,
+             [&](auto which) { launch_decode<decltype(dim)::kValue, decltype(which)::kValue>(call, proofs, stream); });
   });
   check_cuda(cudaGetLastError(), "decode");
   if (call.checksums != args.checksums) {

@@ -1,6 +1,6 @@
-// The ways in which pages are coded, each with kernels of its own, and what encoding and decoding blocks have in common:
-// a block takes a head page, a warp a row at a time.
-// Device code and launchers of residual_encode.cu and residual_decode.cu.
+// The ways in which pages are coded, each with kernels of its own, and what encoding and decoding blocks have in
+// common: a block takes a head page, a warp a row at a time. Device code and launchers of residual_encode.cu and
+// residual_decode.cu.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -8,12 +8,14 @@ namespace vericache::cuda {
 
 // A field in a word: its bits in the first byte; whether its sign is one of them in bit 15; the top from bit 16 on; in
 // bit 31 the sign, where that is coded a one. What is below the top, times 2^16, or the bits as they are, sign and all,
-// times 2^15, is taken from this word: then the high half is the value, but for a sign that is to be changed where bit 15
-// is still set. The low bits count modulo 32 wherever they shift or mask, whatever stands above them.
+// times 2^15, is taken from this word: then the high half is the value, but for a sign that is to be changed where bit
+// 15 is still set. The low bits count modulo 32 wherever they shift or mask, whatever stands above them.
 constexpr uint32_t kCodesSign = 0x80008000u;  // with the highest bit, which belongs to it
 __device__ inline uint32_t pack_field(const ResidualField& field) {
   return static_cast<uint32_t>(field.bits()) | field.top << 16 |
-         (field.either_sign ? kCodesSign : field.negative ? 1u << 31 : 0);
+         (field.either_sign ? kCodesSign
+          : field.negative  ? 1u << 31
+                            : 0);
 }
 // What a bit more in a field takes from its word.
 __device__ inline uint32_t field_step(uint32_t field) {

@@ -225,7 +225,8 @@ void rms_norm(const float* x, const float* weight, float eps, int rows, int dim,
   const auto grid = static_cast<unsigned>(rows);
   if (dim % 4 == 0) {
     const auto threads = static_cast<unsigned>(std::min(kNormThreads, ceil_div(dim / 4, kWarp) * kWarp));
-    launch_behind(rms_norm_kernel, "rms_norm", grid, threads, 0, stream, x, weight, eps, dim, padded_dim(dim), bits(out));
+    launch_behind(rms_norm_kernel, "rms_norm", grid, threads, 0, stream, x, weight, eps, dim, padded_dim(dim),
+                  bits(out));
   } else {
     const auto threads = static_cast<unsigned>(std::min(kNormThreads, ceil_div(dim, kWarp) * kWarp));
     launch_behind(rms_norm_narrow_kernel, "rms_norm", grid, threads, 0, stream, x, weight, eps, dim, padded_dim(dim),
@@ -239,8 +240,8 @@ void silu_mul(const float* gate_up, int rows, int dim, bf16* out, cudaStream_t s
   }
   const int padded = padded_dim(dim);
   if (dim % 8 == 0) {
-    launch_behind(silu_mul_kernel<true>, "silu_mul", row_grid(rows, padded, 8), kThreads, 0, stream, gate_up, dim, padded,
-                  bits(out));
+    launch_behind(silu_mul_kernel<true>, "silu_mul", row_grid(rows, padded, 8), kThreads, 0, stream, gate_up, dim,
+                  padded, bits(out));
   } else {
     launch_behind(silu_mul_kernel<false>, "silu_mul", row_grid(rows, padded, 1), kThreads, 0, stream, gate_up, dim,
                   padded, bits(out));

@@ -2,8 +2,9 @@
 // rings. A warp works on one head of a row.
 #include <algorithm>
 
-#include "backend/cuda/layout.h"
 #include "backend/cuda/dependent_launch.cuh"
+#include "backend/cuda/head_dim.h"
+#include "backend/cuda/layout.h"
 #include "backend/cuda/ops.h"
 #include "backend/cuda/row_math.cuh"
 #include "base/check.h"
@@ -161,21 +162,10 @@ void store_qkv(const QkvArgs& args, const StagedPass& pass, cudaStream_t stream)
   }
   const int warps = pass.rows * (args.heads + 2 * args.shape.kv_heads);
   const auto grid = static_cast<unsigned>(ceil_div(warps, kHeadsPerBlock));
-  const auto run = [&](auto* kernel) {
-    launch_behind(kernel, "store_qkv", grid, kHeadsPerBlock * kWarp, 0, stream, args, pass);
-  };
-  switch (args.shape.head_dim) {
-    case 32:
-      return run(store_qkv_kernel<1>);
-    case 64:
-      return run(store_qkv_kernel<2>);
-    case 96:
-      return run(store_qkv_kernel<3>);
-    case 128:
-      return run(store_qkv_kernel<4>);
-    default:
-      check(false, "a head has 32, 64, 96 or 128 dimensions on CUDA");
-  }
+  for_head_dim(args.shape.head_dim, [&](auto dim) {
+    launch_behind(store_qkv_kernel<decltype(dim)::kValue / kWarp>, "store_qkv", grid, kHeadsPerBlock * kWarp, 0, stream,
+                  args, pass);
+  });
 }
 
 void keep_queries(const bf16* q, const float* log_sum_exp, int heads, const KvShape& shape, const StagedPass& pass,
