@@ -109,6 +109,7 @@ class Scorer {
   // Rows [row, row + count) of the pass, whose first stands at `first`.
   void take_rows(PassRows& pass, int first, int row, int count) {
     std::vector<LogitRow> wanted;
+    wanted.reserve(static_cast<size_t>(count));
     for (int i = 0; i < count; ++i) {
       wanted.push_back({.row = row + i, .position = first + row + i + 1, .token = chosen_ + i});
     }

@@ -3,7 +3,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# Two products name their processor features with pragmas of g++, which clang passes over: they get them as flags.
+# Two products name their processor features with pragmas of g++, which clang passes over: they get them as flags. The
+# names by which g++ asks for AMX clang 16 does not know: that file is left out.
+unknown='src/backend/cpu/isa\.cc'
 special='src/backend/cpu/product_(amx|avx512_bf16)\.cc'
 features=(-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -mamx-tile -mamx-bf16 -Wno-unknown-pragmas)
 
@@ -15,5 +17,5 @@ tidy() {
     return 1
   fi
 }
-tidy "$PWD/(?!$special)(src|apps)/.*"
+tidy "$PWD/(?!$special|$unknown)(src|apps)/.*"
 tidy "${features[@]/#/-extra-arg=}" "$PWD/$special"

@@ -67,10 +67,12 @@ class RotatedBase {
   // code_at(token, dim): the Code there; asked for every token and dim.
   template <typename CodeAt>
   RotatedBase(const KvShape& shape, bool keys, const CodeAt& code_at)
-      : keys_(keys), dims_(keys ? shape.key_dim() : shape.head_dim), base_(static_cast<size_t>(kPageTokens * dims_)) {
+      : keys_(keys),
+        dims_(keys ? shape.key_dim() : shape.head_dim),
+        base_(size_t{kPageTokens} * static_cast<size_t>(dims_)) {
     std::vector<float> scales(static_cast<size_t>(keys ? dims_ : kPageTokens));
     for (int token = 0; token < kPageTokens; ++token) {
-      float* x = &base_[static_cast<size_t>(token * dims_)];
+      float* x = &base_[place(token, 0)];
       for (int dim = 0; dim < dims_; ++dim) {
         const Code at = code_at(token, dim);
         const float scale = float_of_bits(at.group.first << 16);
@@ -83,8 +85,7 @@ class RotatedBase {
     find_reaches(scales, keys ? rotation_block(shape.head_dim) : 1, keys ? shape.head_dim : kPageTokens);
   }
   ResidualField field(int token, int dim) const {
-    return rotated_field(base_[static_cast<size_t>(token * dims_ + dim)],
-                         reach_[static_cast<size_t>(keys_ ? dim : token)]);
+    return rotated_field(base_[place(token, dim)], reach_[static_cast<size_t>(keys_ ? dim : token)]);
   }
 
  private:
@@ -95,10 +96,14 @@ class RotatedBase {
       x *= x;
     }
     for (int i = 0; i < static_cast<int>(scales.size()); ++i) {
-      reach_.push_back(i < rotated
-                           ? rotated_reach(rotation_sum(&squares[static_cast<size_t>(i / steps * steps)], steps), steps)
-                           : 0.5f * scales[static_cast<size_t>(i)]);
+      const int first = i / steps * steps;  // of the value's block
+      reach_.push_back(i < rotated ? rotated_reach(rotation_sum(&squares[static_cast<size_t>(first)], steps), steps)
+                                   : 0.5f * scales[static_cast<size_t>(i)]);
     }
+  }
+
+  size_t place(int token, int dim) const {
+    return static_cast<size_t>(token) * static_cast<size_t>(dims_) + static_cast<size_t>(dim);
   }
 
   bool keys_;

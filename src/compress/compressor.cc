@@ -71,8 +71,8 @@ double Compressor::coded_share() const {
 }
 
 size_t Compressor::wire_bytes(int tokens, const KvShape& shape) const {
-  const double plain =
-      static_cast<double>(tokens / kPageTokens) * static_cast<double>(page_bytes(shape)) * shape.layers;
+  const int pages = tokens / kPageTokens;
+  const double plain = pages * static_cast<double>(page_bytes(shape)) * shape.layers;
   return static_cast<size_t>(plain * coded_share());
 }
 

@@ -91,8 +91,8 @@ CacheTrial::CacheTrial(const Transformer& model, Device& device, std::vector<std
     }
     cache->report_values = compressor.report_values(shape_);
     if (cache->report_values > 0) {
-      cache->notes.report =
-          host_->allocate_array<int>(static_cast<size_t>(cache->report_values * shape_.layers), "reports");
+      cache->notes.report = host_->allocate_array<int>(
+          static_cast<size_t>(cache->report_values) * static_cast<size_t>(shape_.layers), "reports");
     }
     query_window_ = std::max(query_window_, compressor.query_window());
     caches_.push_back(std::move(cache));

@@ -168,7 +168,8 @@ MemoryPlan plan_memory(const Transformer& model, const Compressor* compressor, c
     plan.host_bytes = aligned(extents * extent) + sequences * plan.record_bytes + wire_host_bytes(shape);
   }
   // A draft may stand behind the last token that can be decided.
-  const auto positions = static_cast<size_t>(plan.max_len + 2 * plan.most_drafts + 2);
+  const int last = plan.max_len + 2 * plan.most_drafts + 1;
+  const size_t positions = static_cast<size_t>(last) + 1;
   plan.margin_offset = aligned(positions * sizeof(TokenId));
   plan.report_offset = plan.margin_offset + aligned(positions * sizeof(float));
   plan.board_bytes = plan.report_offset;

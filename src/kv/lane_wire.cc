@@ -91,7 +91,7 @@ LaneWire::LaneWire(const KvShape& shape, const WireOptions& options, Device& dev
     ring_ = device.allocate(ring_bytes_, "staging");
     outgoing_ = device.allocate(outgoing_bytes_for(shape), "staging");
     outgoing_sizes_ =
-        device.allocate_array<uint32_t>(static_cast<size_t>(kBatchPages * shape.kv_heads), "staging's tables");
+        device.allocate_array<uint32_t>(size_t{kBatchPages} * static_cast<size_t>(shape.kv_heads), "staging's tables");
     outgoing_ends_ = host.allocate_array<uint32_t>(static_cast<size_t>(shape.layers) * kBatchPages, "sizes");
   }
   if (options.gbps > 0) {
@@ -111,7 +111,7 @@ size_t LaneWire::device_bytes(const KvShape& shape, const WireOptions& options) 
   const auto aligned = [](size_t bytes) { return (bytes + 4095) / 4096 * 4096; };
   return Staging::bytes(shape, 1, options.slot_pages) + aligned(ring_bytes_for(shape, options)) +
          aligned(outgoing_bytes_for(shape)) +
-         aligned(static_cast<size_t>(kBatchPages * shape.kv_heads) * sizeof(uint32_t));
+         aligned(size_t{kBatchPages} * static_cast<size_t>(shape.kv_heads) * sizeof(uint32_t));
 }
 
 size_t LaneWire::host_bytes(const KvShape& shape) {
@@ -321,7 +321,7 @@ void LaneWire::begin_batch(Store& store) {
   FullKv& full = *store.full;
   const int first = store.first + store.done;
   for (int i = 0; i < store.batch; ++i) {
-    out_.checksum({.first = store.sets[static_cast<size_t>(store.done + i)],
+    out_.checksum({.first = store.set(i),
                    .stride = page_bytes_,
                    .bytes = page_bytes_,
                    .count = shape_.layers,
@@ -340,8 +340,7 @@ void LaneWire::encode_batch(Store& store) {
   std::vector<const std::byte*> pages(static_cast<size_t>(store.batch));
   for (int layer = 0; layer < shape_.layers; ++layer) {
     for (int i = 0; i < store.batch; ++i) {
-      pages[static_cast<size_t>(i)] =
-          store.sets[static_cast<size_t>(store.done + i)] + static_cast<size_t>(layer) * page_bytes_;
+      pages[static_cast<size_t>(i)] = store.set(i) + static_cast<size_t>(layer) * page_bytes_;
     }
     const auto slot = static_cast<size_t>(layer) * kBatchPages;
     out_.encode({.shape = shape_,
@@ -365,8 +364,7 @@ void LaneWire::copy_batch(Store& store) {
     const auto slot = static_cast<size_t>(layer) * kBatchPages;
     uint32_t begin = 0;
     for (int i = 0; i < store.batch; ++i) {
-      const std::byte* source =
-          store.sets[static_cast<size_t>(store.done + i)] + static_cast<size_t>(layer) * page_bytes_;
+      const std::byte* source = store.set(i) + static_cast<size_t>(layer) * page_bytes_;
       size_t page_size = page_bytes_;
       if (coded()) {
         const uint32_t end = outgoing_ends_[slot + static_cast<size_t>(i)];

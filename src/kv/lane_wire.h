@@ -58,6 +58,8 @@ class LaneWire final : public Wire {
     Mark encoded = 0;
     Mark copied = 0;  // 0: their places are not known yet
     int count() const { return static_cast<int>(sets.size()); }
+    // The i-th page set of the batch.
+    const std::byte* set(int i) const { return sets[static_cast<size_t>(done) + static_cast<size_t>(i)]; }
   };
   bool coded() const { return options_.code != ResidualCode::plain; }
   void pump();

@@ -428,7 +428,8 @@ void Attention::mass_pages(const MassArgs& args, int head, int first_page, int l
       gather_q(args.queries.q + at(slot, args.heads * args.shape.key_dim()), head, r * group, s.q);
       const float* log_sum_exp = args.queries.log_sum_exp + at(slot, args.heads) + at(head, group);
       for (int h = 0; h < group; ++h) {
-        s.log_sum_exp2[static_cast<size_t>(r * group + h)] = log_sum_exp[h] * kLog2E;
+        const int row = r * group + h;
+        s.log_sum_exp2[static_cast<size_t>(row)] = log_sum_exp[h] * kLog2E;
       }
     }
     for (int page = first_page; page < last_page; ++page) {

@@ -21,7 +21,8 @@ inline size_t index_of(const PartLayout& layout, int dim, int token) {
   const int across = layout.keys ? token : dim;
   const int along = layout.keys ? dim : token;
   const int row = across / kPanel * layout.pairs + along / 2;
-  return static_cast<size_t>((row * kPanel + across % kPanel) * 2 + along % 2);
+  const int index = (row * kPanel + across % kPanel) * 2 + along % 2;
+  return static_cast<size_t>(index);
 }
 
 class NuqEncoder {
