@@ -152,11 +152,17 @@ class CudaKernels final : public Kernels {
   void delay(int microseconds) override { cuda::delay(microseconds, stream()); }
   void encode(const EncodeArgs& args) override { cuda::encode(args, stream()); }
   void decode(const DecodeArgs& args) override {
-    cuda::decode(args, args.checksums != nullptr ? passes().proofs.as<PageProof>() : nullptr, stream());
+    PageProof* proofs = nullptr;
+    if (args.checksums != nullptr) {
+      proofs = passes().proofs.as<PageProof>();
+      check(static_cast<size_t>(args.count) < passes().proofs.bytes() / sizeof(PageProof),
+            "pages that are proved are those of one sequence");
+    }
+    cuda::decode(args, proofs, stream());
   }
   void checksum(const BlockRow& blocks, uint64_t* checksums) override { cuda::checksum(blocks, checksums, stream()); }
   void prove(const BlockRow& blocks, const uint64_t* checksums, uint32_t* mismatches) override {
-    cuda::prove(blocks, checksums, mismatches, passes().proofs.as<PageProof>()->counters(), stream());
+    cuda::prove(blocks, checksums, mismatches, passes().proofs.as<PageProof>()->counters, stream());
   }
 
  private:

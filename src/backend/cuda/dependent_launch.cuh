@@ -1,5 +1,6 @@
 // Kernels that are made ready while the kernel before them on their stream still runs (programmatic dependent launch,
-// sm_90 and later; CUDA C++ programming guide, 3.2.8.7). Device code, and its launch.
+// sm_90 and later; CUDA C++ programming guide, "Programmatic Dependent Launch and Synchronization"). Device code, and
+// its launch.
 #pragma once
 
 #include <cuda_runtime.h>

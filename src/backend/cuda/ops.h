@@ -116,9 +116,7 @@ void encode(const EncodeArgs& args, cudaStream_t stream);
 // before the first call, a row of them for each stream.
 struct PageProof {
   unsigned long long sum = 0;
-  uint32_t blocks = 0;
-  uint32_t unused = 0;
-  VERICACHE_BOTH uint32_t* counters() { return &blocks; }  // of the one before the pages: two words
+  uint32_t counters[2] = {};  // of a page: its blocks that are done, and none; of the one before them: those of prove()
 };
 // residual_decode.cu. proofs: needed where args.checksums are given.
 void decode(const DecodeArgs& args, PageProof* proofs, cudaStream_t stream);

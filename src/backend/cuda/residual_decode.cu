@@ -117,14 +117,14 @@ __device__ void prove_block(const DecodeArgs& args, int page, const HeadPageOut<
   PageProof& proof = proofs[1 + page];
   atomicAdd(&proof.sum, block_sum);
   __threadfence();
-  if (atomicAdd(&proof.blocks, 1u) + 1 < gridDim.y) {
+  if (atomicAdd(&proof.counters[0], 1u) + 1 < gridDim.y) {
     return;
   }
   __threadfence();
   const uint64_t whole =
       finish_checksum(atomicExch(&proof.sum, 0ull), gridDim.y * BlockShape<kHeadDim>::kHeadPageBytes);
-  proof.blocks = 0;
-  count_mismatch(whole != args.checksums[page], static_cast<unsigned>(args.count), args.mismatches, proofs->counters());
+  proof.counters[0] = 0;
+  count_mismatch(whole != args.checksums[page], static_cast<unsigned>(args.count), args.mismatches, proofs->counters);
 }
 
 // All threads of the block; waited for by copies_wait.
@@ -185,7 +185,8 @@ __device__ inline void look_up(const uint32_t* table, int first_group, const uin
   }
 }
 
-// The rows of K or V. kRows of them at a time: run(places).
+// The rows of K or V that a warp takes, kTogether at a time: run(places). They are those of lane_place(), in terms that
+// the compiler folds.
 template <int kHeadDim, bool kKeys>
 struct WarpRows {
   static constexpr int kTogether = kKeys && kHeadDim % 64 != 0 ? 1 : 2;
@@ -331,7 +332,7 @@ __global__ void __launch_bounds__(kThreads, kForm == Form::rotated ? 3 : 4)
   std::byte* const keys = memory + Memory::kPackedAt;
   std::byte* const values = memory + plan.values_at;
   if constexpr (kForm != Form::lossless) {
-    packed = args.resident.head_pages[static_cast<ptrdiff_t>(head) * args.resident.page_stride + page];
+    packed = resident_page(args.resident, head, page);
     copy_to_shared(keys, packed, plan.key_bytes);
     copy_to_shared(values, packed + plan.value_offset, plan.value_bytes);
   }
@@ -355,8 +356,7 @@ __global__ void __launch_bounds__(kThreads, kForm == Form::rotated ? 3 : 4)
   if constexpr (kForm == Form::lossless) {
     const auto lane = static_cast<int>(threadIdx.x % 32);
     for (auto row = static_cast<int>(threadIdx.x / 32); row < BlockShape<kHeadDim>::kRows; row += kWarps) {
-      const RowSpan span = block.row(row);
-      out.put(row, lane, span.raw() ? read_raw(block, span.begin, lane) : read_lossless(block, span.begin, lane));
+      out.put(row, lane, read_alone(block, block.row(row), lane));
     }
   } else if constexpr (kForm == Form::rotated) {
     auto* const shared = reinterpret_cast<RotatedPart<kHeadDim>*>(memory + plan.tables_at);
@@ -405,18 +405,20 @@ void decode(const DecodeArgs& args, PageProof* proofs, cudaStream_t stream) {
   }
   DecodeArgs call = args;
   const Form form = form_of(args.code, args.resident.format);
-  if (form == Form::nuq) {
-    call.checksums = nullptr;  // outliers are written over what rows gave
+  // Outliers are written over what rows gave: such pages are proved when they are whole.
+  const bool proved_behind = form == Form::nuq && args.checksums != nullptr;
+  if (proved_behind) {
+    call.checksums = nullptr;
   }
   for_head_dim(args.shape.head_dim, [&](auto dim) {
     for_form(form,
-             [&](auto which) { launch_decode<decltype(dim)::kValue, decltype(which)::kValue>(call, proofs, stream); });
+             [&](auto which) { launch_decode<decltype(dim)::kValue, decltype(which)::value>(call, proofs, stream); });
   });
   check_cuda(cudaGetLastError(), "decode");
-  if (call.checksums != args.checksums) {
+  if (proved_behind) {
     const size_t bytes = page_bytes(args.shape);
     prove({.first = args.out, .stride = bytes, .bytes = bytes, .count = args.count}, args.checksums, args.mismatches,
-          proofs->counters(), stream);
+          proofs->counters, stream);
   }
 }
 

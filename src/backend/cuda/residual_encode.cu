@@ -251,7 +251,7 @@ void encode(const EncodeArgs& args, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(args.pages.size()), static_cast<unsigned>(args.shape.kv_heads));
   for_head_dim(args.shape.head_dim, [&](auto dim) {
     for_form(form_of(args.code, args.resident.format),
-             [&](auto form) { launch_encode<decltype(dim)::kValue, decltype(form)::kValue>(call, grid, stream); });
+             [&](auto form) { launch_encode<decltype(dim)::kValue, decltype(form)::value>(call, grid, stream); });
   });
   check_cuda(cudaGetLastError(), "encode");
 }

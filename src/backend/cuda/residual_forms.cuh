@@ -5,6 +5,8 @@
 
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "backend/cuda/head_dim.h"
 #include "backend/cuda/ops.h"
 #include "backend/cuda/packed_layout.h"
@@ -26,9 +28,7 @@ inline Form form_of(ResidualCode code, const KvFormat& format) {
 
 // run(a value whose type tells the form)
 template <Form kForm>
-struct FixedForm {
-  static constexpr Form kValue = kForm;
-};
+using FixedForm = std::integral_constant<Form, kForm>;
 template <typename Run>
 void for_form(Form form, const Run& run) {
   switch (form) {
@@ -50,8 +50,11 @@ struct BlockShape {
   static constexpr size_t kHeadPageBytes = size_t{2} * kPageTokens * kHeadDim * 2;
 };
 
+__device__ inline const std::byte* resident_page(const KvView& resident, int head, int page) {
+  return resident.head_pages[static_cast<ptrdiff_t>(head) * resident.page_stride + page];
+}
 __device__ inline const std::byte* resident_part(const KvView& resident, int head, int page, bool keys, int head_dim) {
-  const std::byte* packed = resident.head_pages[static_cast<ptrdiff_t>(head) * resident.page_stride + page];
+  const std::byte* packed = resident_page(resident, head, page);
   return keys ? packed : packed + bytes_of(key_pieces(resident.format.key(), head_dim));
 }
 

@@ -280,4 +280,9 @@ __device__ inline uint4 read_lossless(const BlockReader& block, uint32_t begin, 
   return join_halves(values);
 }
 
+// A row that is coded by itself, or stayed as it was.
+__device__ inline uint4 read_alone(const BlockReader& block, const RowSpan& row, int lane) {
+  return row.raw() ? read_raw(block, row.begin, lane) : read_lossless(block, row.begin, lane);
+}
+
 }  // namespace vericache::cuda

@@ -211,8 +211,7 @@ __device__ void decode_rotated(const BlockReader& block, const KvPart& format, c
   const auto lane = static_cast<int>(threadIdx.x % 32);
   if (format.exact()) {
     for (int row = kFirst + warp; row < kFirst + kRows; row += kOctets) {
-      const RowSpan span = block.row(row);
-      put(row, lane, span.raw() ? read_raw(block, span.begin, lane) : read_lossless(block, span.begin, lane));
+      put(row, lane, read_alone(block, block.row(row), lane));
     }
   } else if constexpr (kKeys) {
     float x[kHeadDim / 32][kLaneValues];
