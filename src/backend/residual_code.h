@@ -61,15 +61,16 @@ inline size_t residual_bound(const KvShape& shape) {
 }
 
 // The values that a resident code may stand for: magnitudes (the low 15 bits of a bf16, in which its magnitude grows)
-// from `top` down, of one sign or of both.
+// from `top` down, of one sign or of both. Coded is top - magnitude; what is not in there escapes, where a range is
+// likely as zero, else as all ones of kOpenBits bits.
 inline constexpr int kOpenBits = 9;
 inline constexpr int kMostFieldBits = kOpenBits + 1;
 struct ResidualField {
   uint32_t top = 0x7fff;
-  int magnitude_bits = 0;    // of top - magnitude, kOpenBits at most: then smaller magnitudes escape, all ones says so
+  int magnitude_bits = 0;    // kOpenBits at most
   bool either_sign = false;  // then the sign is one bit more, below
   bool negative = false;     // else this is it
-  bool likely = false;       // all ones says so of fewer bits as well: the range is likely, not certain
+  bool likely = false;       // not certain, however few its bits
   VERICACHE_BOTH int bits() const { return magnitude_bits + (either_sign ? 1 : 0); }
   VERICACHE_BOTH bool open() const { return likely || magnitude_bits == kOpenBits; }
 };
@@ -203,13 +204,13 @@ VERICACHE_BOTH inline CodedValue code_value(const ResidualField& field, uint32_t
   const uint32_t magnitude = value & 0x7fffu;
   const bool negative = value >> 15 != 0;
   const uint32_t ones = (1u << field.magnitude_bits) - 1;
-  const uint32_t most = field.open() ? ones - 1 : ones;
   const uint32_t below = field.top - magnitude;
+  const bool outside = field.likely ? below - 1 >= ones : below > (field.open() ? ones - 1 : ones);
   CodedValue coded;
-  const bool escapes = magnitude > field.top || below > most || (!field.either_sign && negative != field.negative);
+  const bool escapes = outside || (!field.either_sign && negative != field.negative);
   coded.escapes = escapes && field.open();
   coded.fits = !escapes || field.open();
-  coded.bits = escapes ? ones : below;
+  coded.bits = !escapes ? below : field.likely ? 0 : ones;
   if (field.either_sign) {
     coded.bits = coded.bits << 1 | (negative ? 1 : 0);
   }
@@ -217,7 +218,8 @@ VERICACHE_BOTH inline CodedValue code_value(const ResidualField& field, uint32_t
 }
 
 VERICACHE_BOTH inline bool residual_escapes(const ResidualField& field, uint32_t bits) {
-  return field.open() && bits >> (field.either_sign ? 1 : 0) == (1u << field.magnitude_bits) - 1;
+  const uint32_t below = bits >> (field.either_sign ? 1 : 0);
+  return field.likely ? below == 0 : field.open() && below == (1u << field.magnitude_bits) - 1;
 }
 // Any bits give a value; those of code_value give the one that was coded.
 VERICACHE_BOTH inline uint32_t value_of(const ResidualField& field, uint32_t bits) {

@@ -115,12 +115,6 @@ class ChunkReader {
     }
   }
 
-  __device__ static uint32_t add_pairs(uint32_t a, uint32_t b) {
-    uint32_t out;
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(0x3f803f80u), "r"(b));
-    return out;
-  }
-
   // Of planes and fp8: the exponent 112 + rank, and the middle of what the code leaves open.
   static constexpr uint32_t kMiddle = kCode == KvCode::plane ? 1u << (6 - (kBits - 5)) : 0;
   static constexpr uint32_t kBeside = 0x38003800u | kMiddle << 16 | kMiddle;

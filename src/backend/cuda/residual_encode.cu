@@ -44,16 +44,11 @@ __device__ void make_bases(const EncodeCall& call) {
 }
 template <int kHeadDim>
 __device__ void rotated_fields(bool keys, int part_row, int lane, ResidualField (&fields)[kLaneValues]) {
-  float base[kLaneValues];
-  float reach[kLaneValues];
-  if (keys) {
-    rotated_parts<kHeadDim>()[0].template read<true>(part_row, lane, base, reach);
-  } else {
-    rotated_parts<kHeadDim>()[1].template read<false>(part_row, lane, base, reach);
-  }
+  const auto* parts = rotated_parts<kHeadDim>();
 #pragma unroll
   for (int i = 0; i < kLaneValues; ++i) {
-    fields[i] = rotated_field(base[i], reach[i]);
+    fields[i] =
+        keys ? parts[0].template field<true>(part_row, lane, i) : parts[1].template field<false>(part_row, lane, i);
   }
 }
 

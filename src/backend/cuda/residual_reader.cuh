@@ -144,15 +144,18 @@ __device__ inline uint4 read_raw(const BlockReader& block, uint32_t begin, int l
   return join_halves(values);
 }
 
-// What escapes: of intervals all ones of kOpenBits bits, of likely ranges all ones of however many. kept(): what is
-// looked at, given what a field's bits take and what all ones would: kMost or less of those that escape.
+// What escapes: of intervals all ones of kOpenBits bits, of likely ranges a zero. Of what fields' bits take from their
+// words, negative numbers, the one that is nearest to that: escapes() tells whether it is that.
 struct OpenEscapes {
+  static constexpr int32_t kFarthest = INT32_MAX;
   static constexpr int32_t kMost = -(((1 << (kOpenBits + 1)) - 2) << 15);
-  __device__ static int32_t kept(uint32_t taken, uint32_t /*all*/) { return static_cast<int32_t>(taken); }
+  __device__ static int32_t nearer(int32_t a, int32_t b) { return min(a, b); }
+  __device__ static bool escapes(int32_t taken) { return taken < kMost + kLaneValues; }
 };
 struct LikelyEscapes {
-  static constexpr int32_t kMost = 1 << 15;
-  __device__ static int32_t kept(uint32_t taken, uint32_t all) { return static_cast<int32_t>(taken - all); }
+  static constexpr int32_t kFarthest = INT32_MIN;
+  __device__ static int32_t nearer(int32_t a, int32_t b) { return max(a, b); }
+  __device__ static bool escapes(int32_t taken) { return taken >= -(1 << 15); }
 };
 
 // kRows coded rows at once, one sum over the lanes for two of them. Of a raw row it gives something.
@@ -175,8 +178,8 @@ __device__ __forceinline__ void read_coded(const BlockReader& block, const RowSp
   for (int r = 0; r < kRows; ++r) {
     const uint32_t(&f)[kLaneValues] = fields[r];
     const uint32_t first = rows[r].begin * 16 + (bits_before >> (16 * r) & 0xffffu);
-    uint32_t values[kLaneValues];  // join_values()
-    int32_t least = INT32_MAX;     // the least that is kept of a field, and its index
+    uint32_t values[kLaneValues];          // join_values()
+    int32_t nearest = Escapes::kFarthest;  // what a field's bits take, and its index, which is less than any step
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       uint32_t low;
@@ -185,10 +188,8 @@ __device__ __forceinline__ void read_coded(const BlockReader& block, const RowSp
       uint32_t at = 0;
 #pragma unroll
       for (int i = 4 * half; i < 4 * half + 4; ++i) {
-        const uint32_t ones = low_ones(f[i]);
-        const uint32_t step = field_step(f[i]);
-        const uint32_t taken = (__funnelshift_r(low, high, at) & ones) * step;
-        least = min(least, Escapes::kept(taken, ones * step) + i);
+        const uint32_t taken = (__funnelshift_r(low, high, at) & low_ones(f[i])) * field_step(f[i]);
+        nearest = Escapes::nearer(nearest, static_cast<int32_t>(taken) + i);
         values[i] = f[i] + taken;
         at += f[i];
       }
@@ -198,20 +199,19 @@ __device__ __forceinline__ void read_coded(const BlockReader& block, const RowSp
     const uint32_t coded_halves = ((static_cast<uint32_t>(total) >> (16 * r) & 0xffffu) + 15) / 16;
     const uint32_t escapes = rows[r].halves - coded_halves;
     if (escapes - 1 < kRowValues) {
-      constexpr int32_t kMost = Escapes::kMost + kLaneValues - 1;
-      const bool escaped = least <= kMost;
+      const bool escaped = Escapes::escapes(nearest);
       const uint32_t lanes = __ballot_sync(kAllLanes, escaped);
       uint32_t next = rows[r].begin + coded_halves;
       if (static_cast<uint32_t>(__popc(lanes)) == escapes) {  // as a rule no lane has two
         next += static_cast<uint32_t>(__popc(lanes & lanes_below()));
         if (escaped) {
-          put_value(out[r], static_cast<uint32_t>(least) % kLaneValues, block.half(next));
+          put_value(out[r], static_cast<uint32_t>(nearest) % kLaneValues, block.half(next));
         }
       } else {
         uint32_t own = 0;
 #pragma unroll
         for (int i = 0; i < kLaneValues; ++i) {
-          own |= Escapes::kept(values[i] - f[i], low_ones(f[i]) * field_step(f[i])) + i <= kMost ? 1u << i : 0;
+          own |= Escapes::escapes(static_cast<int32_t>(values[i] - f[i]) + i) ? 1u << i : 0;
         }
         int all;
         next += static_cast<uint32_t>(sum_below(__popc(own), all));

@@ -67,6 +67,12 @@ __device__ inline uint32_t multiply_pairs(uint32_t a, uint32_t b) {
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(0x80008000u));
   return out;
 }
+// Their sums.
+__device__ inline uint32_t add_pairs(uint32_t a, uint32_t b) {
+  uint32_t out;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(0x3f803f80u), "r"(b));
+  return out;
+}
 __device__ inline float first_of_pair(uint32_t pair) {
   return __uint_as_float(pair << 16);
 }
