@@ -34,7 +34,8 @@ VERICACHE_BOTH inline bool coded_alone(ResidualCode code, const KvFormat& format
 // the values themselves if it has 256 halves, and nothing if the resident part has them as they are. Else:
 //   lossless only: a half that holds the row's base exponent;
 //   the fields of the values, one behind the other from the lowest bit on, padded to a half;
-//   what escaped, in order, padded to a half: the value (16 bits), of a lossless row its exponent (8 bits).
+//   what escaped: the values (16 bits), the first of each lane, then the second ones and so on; of a lossless row the
+//   exponents (8 bits), in order, padded to a half.
 // No field depends on another, so that all lanes of a row and all rows are read at once.
 inline constexpr int kRowValues = 256;
 inline constexpr int kLaneValues = 8;
@@ -61,8 +62,8 @@ inline size_t residual_bound(const KvShape& shape) {
 }
 
 // The values that a resident code may stand for: magnitudes (the low 15 bits of a bf16, in which its magnitude grows)
-// from `top` down, of one sign or of both. Coded is top - magnitude; what is not in there escapes, where a range is
-// likely as zero, else as all ones of kOpenBits bits.
+// from `top` down, of one sign or of both. Coded is top - magnitude; what is not in there escapes: where a range is
+// likely as zero, else as all ones of kOpenBits bits, and no sign.
 inline constexpr int kOpenBits = 9;
 inline constexpr int kMostFieldBits = kOpenBits + 1;
 struct ResidualField {
@@ -212,14 +213,14 @@ VERICACHE_BOTH inline CodedValue code_value(const ResidualField& field, uint32_t
   coded.fits = !escapes || field.open();
   coded.bits = !escapes ? below : field.likely ? 0 : ones;
   if (field.either_sign) {
-    coded.bits = coded.bits << 1 | (negative ? 1 : 0);
+    coded.bits = coded.bits << 1 | (negative && !escapes ? 1 : 0);
   }
   return coded;
 }
 
 VERICACHE_BOTH inline bool residual_escapes(const ResidualField& field, uint32_t bits) {
   const uint32_t below = bits >> (field.either_sign ? 1 : 0);
-  return field.likely ? below == 0 : field.open() && below == (1u << field.magnitude_bits) - 1;
+  return field.likely ? bits == 0 : field.open() && below == (1u << field.magnitude_bits) - 1;
 }
 // Any bits give a value; those of code_value give the one that was coded.
 VERICACHE_BOTH inline uint32_t value_of(const ResidualField& field, uint32_t bits) {

@@ -73,12 +73,28 @@ inline size_t finish_row(const std::byte* row, size_t bytes, const uint16_t* val
   return bytes;
 }
 
+// run(i) for the values that escape, in the order in which they stand.
+template <typename Run>
+void each_escape(const std::array<bool, kRowValues>& escaped, const Run& run) {
+  std::array<int, kRowValues / kLaneValues> next{};
+  for (int round = 0; round < kLaneValues; ++round) {
+    for (int lane = 0; lane < kRowValues / kLaneValues; ++lane) {
+      int& i = next[static_cast<size_t>(lane)];
+      while (i < kLaneValues && !escaped[static_cast<size_t>(lane * kLaneValues + i)]) {
+        ++i;
+      }
+      if (i < kLaneValues) {
+        run(lane * kLaneValues + i++);
+      }
+    }
+  }
+}
+
 // field_of(i): the field of the row's value i. Returns the bytes written, kRawRowBytes at most.
 template <typename FieldOf>
 size_t encode_row(const uint16_t* values, const FieldOf& field_of, std::byte* out) {
   std::array<std::byte, kRowRoom> row;
-  std::array<uint16_t, kRowValues> escaped;
-  int escapes = 0;
+  std::array<bool, kRowValues> escaped;
   BitWriter writer(row.data());
   for (int i = 0; i < kRowValues; ++i) {
     const ResidualField field = field_of(i);
@@ -87,13 +103,14 @@ size_t encode_row(const uint16_t* values, const FieldOf& field_of, std::byte* ou
       return finish_row(row.data(), kRawRowBytes, values, out);
     }
     writer.put(coded.bits, field.bits());
-    if (coded.escapes) {
-      escaped[static_cast<size_t>(escapes++)] = values[i];
-    }
+    escaped[static_cast<size_t>(i)] = coded.escapes;
   }
   std::byte* end = writer.pad(row.data(), 2);
-  std::memcpy(end, escaped.data(), static_cast<size_t>(escapes) * sizeof(uint16_t));
-  return finish_row(row.data(), static_cast<size_t>(end - row.data()) + static_cast<size_t>(escapes) * 2, values, out);
+  each_escape(escaped, [&](int i) {
+    std::memcpy(end, values + i, sizeof(uint16_t));
+    end += sizeof(uint16_t);
+  });
+  return finish_row(row.data(), static_cast<size_t>(end - row.data()), values, out);
 }
 
 template <typename FieldOf>
@@ -114,11 +131,7 @@ void decode_row(const std::byte* row, size_t bytes, const FieldOf& field_of, uin
   }
   const size_t payload = std::min(bytes, static_cast<size_t>((bits + 15) / 16) * 2);
   BitReader rest(row + payload, row + bytes);
-  for (int i = 0; i < kRowValues; ++i) {
-    if (escaped[static_cast<size_t>(i)]) {
-      values[i] = static_cast<uint16_t>(rest.take(16));
-    }
-  }
+  each_escape(escaped, [&](int i) { values[i] = static_cast<uint16_t>(rest.take(16)); });
 }
 
 // The base that lets most values of a row be, the largest of them.

@@ -50,6 +50,30 @@ VERICACHE_BOTH inline ResidualField rotated_field(uint32_t base, const RotatedRe
   return {high + 1, bits < kOpenBits ? bits : kOpenBits, either_sign, !either_sign && base >> 15 != 0, true};
 }
 
+// A base is made of what a token's codes say beside their middle, in bf16: every sum and product is rounded to it. What
+// the middles say is the same for all tokens of K, and of V in the first dim of each block alone; there floats do it.
+VERICACHE_BOTH constexpr float rotated_middle(int bits) {
+  return static_cast<float>(1 << (bits - 1));
+}
+VERICACHE_BOTH inline float rotated_centre(float scale, float minimum, int bits) {
+  return minimum + rotated_middle(bits) * scale;  // the product is exact
+}
+// Of rotation_scale() the power of two, by which a bf16 is scaled as it is, and the rest.
+VERICACHE_BOTH constexpr float rotated_power(int block) {
+  float power = 1.0f;
+  for (; block >= 4; block /= 4) {
+    power *= 0.5f;
+  }
+  return power;
+}
+VERICACHE_BOTH constexpr float rotated_rest(int block) {
+  return rotation_scale(block) == rotated_power(block) ? 1.0f : 0.70703125f;  // the nearest bf16
+}
+// What the rotation of equal values gives in the first dim of a block, of each.
+VERICACHE_BOTH constexpr float rotated_constant(int block) {
+  return 1.0f / rotation_scale(block);
+}
+
 // Bases and reaches of a packed K or V part of a head page, whose codes are affine. Channels that only fill a key up to
 // key_dim() are not rotated: there the base is what the code stands for.
 class RotatedBase {
@@ -58,44 +82,92 @@ class RotatedBase {
     uint32_t code = 0;
     ResidualGroup group;
   };
-  // code_at(token, dim): the Code there; asked for every token and dim.
+  // code_at(token, dim): the Code there; asked for every token and dim. bits: of a code.
   template <typename CodeAt>
-  RotatedBase(const KvShape& shape, bool keys, const CodeAt& code_at)
+  RotatedBase(const KvShape& shape, bool keys, int bits, const CodeAt& code_at)
       : keys_(keys),
+        head_dim_(shape.head_dim),
         dims_(keys ? shape.key_dim() : shape.head_dim),
-        base_(size_t{kPageTokens} * static_cast<size_t>(dims_)) {
-    std::vector<float> scales(static_cast<size_t>(keys ? dims_ : kPageTokens));
+        base_(static_cast<size_t>(kPageTokens * dims_)) {
+    const Groups groups = groups_of(bits, code_at);
     std::vector<float> x(static_cast<size_t>(dims_));
     for (int token = 0; token < kPageTokens; ++token) {
+      const auto code_less_middle = [&](int dim) {
+        return static_cast<float>(code_at(token, dim).code) - rotated_middle(bits);
+      };
+      keys ? make_keys(groups, code_less_middle, x) : make_values(groups, token, code_less_middle, x);
       for (int dim = 0; dim < dims_; ++dim) {
-        const Code at = code_at(token, dim);
-        const float scale = float_of_bits(at.group.first << 16);
-        // The product is exact: only the sum rounds.
-        x[static_cast<size_t>(dim)] = static_cast<float>(at.code) * scale + float_of_bits(at.group.second << 16);
-        scales[static_cast<size_t>(keys ? dim : token)] = scale;
-      }
-      rotate(x.data(), shape.head_dim);
-      for (int dim = 0; dim < dims_; ++dim) {
-        base_[place(token, dim)] = static_cast<uint16_t>(residual_round(x[static_cast<size_t>(dim)], 0.0f));
+        base_[place(token, dim)] = bits_of(x[static_cast<size_t>(dim)]);
       }
     }
-    find_reaches(scales, keys ? rotation_block(shape.head_dim) : 1, keys ? shape.head_dim : kPageTokens);
   }
   ResidualField field(int token, int dim) const {
     return rotated_field(base_[place(token, dim)], reach_[static_cast<size_t>(keys_ ? dim : token)]);
   }
 
  private:
-  // scales: those from `rotated` on are of codes that stand for themselves.
-  void find_reaches(const std::vector<float>& scales, int steps, int rotated) {
-    std::vector<float> squares(scales);
-    for (float& x : squares) {
-      x *= x;
+  // Of K per dim, of V per token.
+  struct Groups {
+    std::vector<float> scales;
+    std::vector<float> centres;
+  };
+
+  // A float holds the sum or the product of two bf16 so nearly that rounding it rounds the exact one.
+  static uint16_t bits_of(float x) { return static_cast<uint16_t>(residual_round(x, 0.0f)); }
+  static float round(float x) { return float_of_bits(uint32_t{bits_of(x)} << 16); }
+
+  template <typename CodeAt>
+  Groups groups_of(int bits, const CodeAt& code_at) {
+    Groups groups;
+    std::vector<float> squares;
+    const int count = keys_ ? dims_ : kPageTokens;
+    for (int i = 0; i < count; ++i) {
+      const ResidualGroup group = code_at(keys_ ? 0 : i, keys_ ? i : 0).group;
+      const float scale = float_of_bits(group.first << 16);
+      groups.scales.push_back(scale);
+      groups.centres.push_back(rotated_centre(scale, float_of_bits(group.second << 16), bits));
+      squares.push_back(scale * scale);
     }
-    for (int i = 0; i < static_cast<int>(scales.size()); ++i) {
-      const size_t first = static_cast<size_t>(i / steps * steps);  // of the value's block
-      reach_.push_back(i < rotated ? rotated_reach(rotation_sum(&squares[first], steps), steps)
-                                   : rotated_reach(squares[static_cast<size_t>(i)], 1));
+    const int block = rotation_block(head_dim_);
+    for (int i = 0; i < count; ++i) {
+      const bool mixed = keys_ && i < head_dim_;
+      reach_.push_back(mixed
+                           ? rotated_reach(rotation_sum(&squares[static_cast<size_t>(i / block * block)], block), block)
+                           : rotated_reach(squares[static_cast<size_t>(i)], 1));
+    }
+    if (keys_) {
+      rotate(groups.centres.data(), head_dim_);
+    }
+    return groups;
+  }
+
+  template <typename CodeLessMiddle>
+  void make_keys(const Groups& groups, const CodeLessMiddle& code, std::vector<float>& x) const {
+    const int block = rotation_block(head_dim_);
+    for (int dim = 0; dim < dims_; ++dim) {
+      const auto i = static_cast<size_t>(dim);
+      x[i] = round(code(dim) * (dim < head_dim_ ? round(groups.scales[i] * rotated_rest(block)) : groups.scales[i]));
+    }
+    rotation_sums(x.data(), head_dim_, round);
+    for (int dim = 0; dim < dims_; ++dim) {
+      const auto i = static_cast<size_t>(dim);
+      x[i] = x[i] * (dim < head_dim_ ? rotated_power(block) : 1.0f) + round(groups.centres[i]);
+    }
+  }
+  template <typename CodeLessMiddle>
+  void make_values(const Groups& groups, int token, const CodeLessMiddle& code, std::vector<float>& x) const {
+    const int block = rotation_block(head_dim_);
+    for (int dim = 0; dim < dims_; ++dim) {
+      x[static_cast<size_t>(dim)] = code(dim);
+    }
+    rotation_sums(x.data(), head_dim_, round);
+    const float scale =
+        round(round(groups.scales[static_cast<size_t>(token)] * rotated_rest(block)) * rotated_power(block));
+    const float centre = round(groups.centres[static_cast<size_t>(token)] * rotated_constant(block));
+    for (int dim = 0; dim < dims_; ++dim) {
+      float& value = x[static_cast<size_t>(dim)];
+      value = round(value * scale);
+      value = dim % block == 0 ? value + centre : value;
     }
   }
 
@@ -104,6 +176,7 @@ class RotatedBase {
   }
 
   bool keys_;
+  int head_dim_;
   int dims_;
   std::vector<uint16_t> base_;       // bf16 (tokens, dims)
   std::vector<RotatedReach> reach_;  // of K per dim, of V per token

@@ -20,20 +20,26 @@ VERICACHE_BOTH constexpr float rotation_scale(int block) {
   return block == 2 ? scale * 0.70710678f : scale;
 }
 
-// x (head_dim), in place. Sums are taken in the order of rising distance, on every backend.
-inline void rotate(float* x, int head_dim) {
+// The sums of a rotation alone, in place, each rounded by round(float): in the order of rising distance, on every
+// backend. x (head_dim)
+template <typename Round>
+void rotation_sums(float* x, int head_dim, const Round& round) {
   const int block = rotation_block(head_dim);
   for (int reach = 1; reach < block; reach *= 2) {
     for (int first = 0; first < head_dim; first += 2 * reach) {
       for (int i = first; i < first + reach; ++i) {
         const float a = x[i];
         const float b = x[i + reach];
-        x[i] = a + b;
-        x[i + reach] = a - b;
+        x[i] = round(a + b);
+        x[i + reach] = round(a - b);
       }
     }
   }
-  const float scale = rotation_scale(block);
+}
+// x (head_dim), in place.
+inline void rotate(float* x, int head_dim) {
+  rotation_sums(x, head_dim, [](float sum) { return sum; });
+  const float scale = rotation_scale(rotation_block(head_dim));
   for (int i = 0; i < head_dim; ++i) {
     x[i] *= scale;
   }

@@ -51,7 +51,7 @@ class PackedFields {
   RotatedBase base_of_part(int head, bool keys) const {
     const PartLayout& layout = keys ? keys_ : values_;
     const std::byte* packed = part(head, keys);
-    return {shape_, keys, [&](int token, int dim) -> RotatedBase::Code {
+    return {shape_, keys, layout.part.bits, [&](int token, int dim) -> RotatedBase::Code {
               const size_t index = keys ? key_index(token, dim, shape_) : value_index(token, dim);
               const CodeIndex at = code_index(layout, static_cast<int>(index));
               return {code_at(packed, layout, at), group_of(packed, layout, at.group)};

@@ -23,7 +23,7 @@ struct DecodePlan {
   uint32_t value_bytes = 0;
   uint32_t value_offset = 0;  // of V in a resident head page
   uint32_t values_at = 0;     // K is at kPackedAt
-  uint32_t tables_at = 0;     // of a rotated format the bases
+  uint32_t tables_at = 0;     // of a rotated format a RotatedMemory
   uint32_t value_table_at = 0;
   uint32_t maps_at = 0;
   uint32_t value_map_at = 0;
@@ -56,7 +56,7 @@ struct DecodeMemory {
     plan.values_at = kPackedAt + plan.key_bytes;
     plan.tables_at = (plan.values_at + plan.value_bytes + kTableAlignment - 1) / kTableAlignment * kTableAlignment;
     if (form == Form::rotated) {
-      plan.bytes = plan.tables_at + sizeof(RotatedPart<kHeadDim>);
+      plan.bytes = plan.tables_at + sizeof(RotatedMemory<kHeadDim>);
       return plan;
     }
     plan.value_table_at = plan.tables_at + table_bytes(key, kHeadDim);
@@ -127,14 +127,59 @@ __device__ void prove_block(const DecodeArgs& args, int page, const HeadPageOut<
   count_mismatch(whole != args.checksums[page], static_cast<unsigned>(args.count), args.mismatches, proofs->counters);
 }
 
-// All threads of the block; waited for by copies_wait.
-__device__ inline void copy_to_shared(std::byte* target, const std::byte* source, uint32_t bytes) {
-  const uint32_t to = shared_address(target);
-#pragma unroll 1
-  for (uint32_t at = threadIdx.x * 16; at < bytes; at += kThreads * 16) {
-    copy_lane(to + at, source + at);
+// Copies of a block to its shared memory: by the copy engine where there is one, else by all threads.
+class BlockCopies {
+ public:
+  static constexpr int kMost = 3;
+
+  // barriers (kMost): in shared memory. All threads of the block call, here and below.
+  __device__ explicit BlockCopies(uint64_t* barriers) : barriers_(shared_address(barriers)) {
+#ifdef VERICACHE_COPY_ENGINE
+    if (threadIdx.x == 0) {
+      for (uint32_t i = 0; i < kMost; ++i) {
+        barrier_init(barriers_ + i * 8);
+      }
+      barriers_ready();
+    }
+#endif
   }
-}
+  // bytes and both addresses: multiples of 16.
+  template <int kWhich>
+  __device__ void start(std::byte* target, const std::byte* source, uint32_t bytes) {
+    const uint32_t to = shared_address(target);
+#ifdef VERICACHE_COPY_ENGINE
+    started_[kWhich] = bytes > 0;
+    if (threadIdx.x == 0 && bytes > 0) {
+      copy_start(to, source, bytes, barriers_ + kWhich * 8);
+    }
+#else
+#pragma unroll 1
+    for (uint32_t at = threadIdx.x * 16; at < bytes; at += kThreads * 16) {
+      copy_lane(to + at, source + at);
+    }
+#endif
+  }
+  // They are there, and all that the threads wrote before.
+  __device__ void finish() {
+#ifdef VERICACHE_COPY_ENGINE
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kMost; ++i) {
+      if (started_[i]) {
+        barrier_wait(barriers_ + static_cast<uint32_t>(i) * 8, 0);
+      }
+    }
+#else
+    copies_commit();
+    copies_wait<0>();
+    __syncthreads();
+#endif
+  }
+
+ private:
+  uint32_t barriers_;
+  bool started_[kMost] = {};
+};
 
 // Where a group's fields stand in the table, in groups. What the lanes of a warp ask for at once are the groups 8 c +
 // i, c = 0 .. 3: bits 0 and 3 changed places, odd c lie in the other half of the banks.
@@ -328,13 +373,15 @@ __global__ void __launch_bounds__(kThreads, kForm == Form::rotated ? 3 : 4)
   const int page = static_cast<int>(blockIdx.x);
   const int head = static_cast<int>(blockIdx.y);
   const KvFormat format = args.resident.format;
+  __shared__ uint64_t barriers[BlockCopies::kMost];
+  BlockCopies copies(barriers);
   const std::byte* packed = nullptr;
   std::byte* const keys = memory + Memory::kPackedAt;
   std::byte* const values = memory + plan.values_at;
   if constexpr (kForm != Form::lossless) {
     packed = resident_page(args.resident, head, page);
-    copy_to_shared(keys, packed, plan.key_bytes);
-    copy_to_shared(values, packed + plan.value_offset, plan.value_bytes);
+    copies.start<0>(keys, packed, plan.key_bytes);
+    copies.start<1>(values, packed + plan.value_offset, plan.value_bytes);
   }
   const uint32_t page_begin = page == 0 ? 0 : args.ends[page - 1];
   const uint32_t units = args.ends[page] - page_begin;
@@ -342,14 +389,16 @@ __global__ void __launch_bounds__(kThreads, kForm == Form::rotated ? 3 : 4)
   const auto* block_ends = reinterpret_cast<const uint32_t*>(in);
   const uint32_t begin = head == 0 ? residual_header_units(args.shape) : min(block_ends[head - 1], units);
   const uint32_t end = max(min(block_ends[head], units), begin);
-  copy_to_shared(coded, in + begin * kResidualUnit,
-                 min((end - begin) * static_cast<uint32_t>(kResidualUnit), Memory::kBlockBytes));
+  copies.start<2>(coded, in + begin * kResidualUnit,
+                  min((end - begin) * static_cast<uint32_t>(kResidualUnit), Memory::kBlockBytes));
   if (threadIdx.x == 0) {
     BlockReader::begin(coded, BlockShape<kHeadDim>::kRows);
   }
-  copies_commit();
-  copies_wait<0>();
-  __syncthreads();
+  if constexpr (kForm == Form::rotated) {
+    reinterpret_cast<RotatedMemory<kHeadDim>*>(memory + plan.tables_at)
+        ->groups.fill(format, packed, packed + plan.value_offset);
+  }
+  copies.finish();
 
   const BlockReader block{coded, Memory::kBlockBytes / 2};
   HeadPageOut<kHeadDim> out(args, page, head);
@@ -359,7 +408,7 @@ __global__ void __launch_bounds__(kThreads, kForm == Form::rotated ? 3 : 4)
       out.put(row, lane, read_alone(block, block.row(row), lane));
     }
   } else if constexpr (kForm == Form::rotated) {
-    auto* const shared = reinterpret_cast<RotatedPart<kHeadDim>*>(memory + plan.tables_at);
+    auto& shared = *reinterpret_cast<RotatedMemory<kHeadDim>*>(memory + plan.tables_at);
     const auto put = [&](int row, int lane, const uint4& vector) { out.put(row, lane, vector); };
     decode_rotated<kHeadDim, true>(block, format.key(), keys, shared, put);
     decode_rotated<kHeadDim, false>(block, format.value(), values, shared, put);

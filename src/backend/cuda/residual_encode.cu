@@ -21,9 +21,15 @@ struct EncodeCall {
 
 // The bases of K and V of the block's head page, of rotated formats: all its dynamic shared memory.
 template <int kHeadDim>
-__device__ RotatedPart<kHeadDim>* rotated_parts() {
+struct RotatedParts {
+  RotatedGroups<kHeadDim> groups;
+  RotatedBases<kHeadDim> keys;
+  RotatedBases<kHeadDim> values;
+};
+template <int kHeadDim>
+__device__ RotatedParts<kHeadDim>& rotated_parts() {
   extern __shared__ uint4 memory[];
-  return reinterpret_cast<RotatedPart<kHeadDim>*>(memory);
+  return *reinterpret_cast<RotatedParts<kHeadDim>*>(memory);
 }
 template <int kHeadDim, Form kForm>
 __device__ void make_bases(const EncodeCall& call) {
@@ -31,24 +37,30 @@ __device__ void make_bases(const EncodeCall& call) {
     const int page = call.first + static_cast<int>(blockIdx.x);
     const int head = static_cast<int>(blockIdx.y);
     const KvFormat format = call.resident.format;
+    const std::byte* keys = resident_part(call.resident, head, page, true, kHeadDim);
+    const std::byte* values = resident_part(call.resident, head, page, false, kHeadDim);
+    RotatedParts<kHeadDim>& parts = rotated_parts<kHeadDim>();
+    parts.groups.fill(format, keys, values);
+    __syncthreads();
     if (!format.key().exact()) {
-      rotated_parts<kHeadDim>()[0].template fill<true>(format.key(),
-                                                       resident_part(call.resident, head, page, true, kHeadDim));
+      parts.keys.template fill<true>(format.key_bits, keys, parts.groups);
     }
     if (!format.value().exact()) {
-      rotated_parts<kHeadDim>()[1].template fill<false>(format.value(),
-                                                        resident_part(call.resident, head, page, false, kHeadDim));
+      parts.values.template fill<false>(format.value_bits, values, parts.groups);
     }
     __syncthreads();
   }
 }
 template <int kHeadDim>
 __device__ void rotated_fields(bool keys, int part_row, int lane, ResidualField (&fields)[kLaneValues]) {
-  const auto* parts = rotated_parts<kHeadDim>();
+  const RotatedParts<kHeadDim>& parts = rotated_parts<kHeadDim>();
+  const RotatedGroups<kHeadDim>& groups = parts.groups;
+  const auto* bases = reinterpret_cast<const uint16_t*>(&(keys ? parts.keys : parts.values).of(part_row, lane));
 #pragma unroll
   for (int i = 0; i < kLaneValues; ++i) {
-    fields[i] =
-        keys ? parts[0].template field<true>(part_row, lane, i) : parts[1].template field<false>(part_row, lane, i);
+    const int of = keys ? part_row / 8 : lane_place<kHeadDim, false>(part_row, lane).token + i;
+    fields[i] = rotated_field(bases[i], keys ? RotatedReach{groups.key_above[of], groups.key_below[of]}
+                                             : RotatedReach{groups.value_above[of], groups.value_below[of]});
   }
 }
 
@@ -221,7 +233,7 @@ __global__ void __launch_bounds__(kResidualThreads) encode_kernel(EncodeCall cal
 
 template <int kHeadDim, Form kForm>
 void launch_encode(const EncodeCall& call, const dim3& grid, cudaStream_t stream) {
-  constexpr size_t kBytes = kForm == Form::rotated ? 2 * sizeof(RotatedPart<kHeadDim>) : 0;
+  constexpr size_t kBytes = kForm == Form::rotated ? sizeof(RotatedParts<kHeadDim>) : 0;
   static const bool allowed = [] {
     allow_shared(measure_kernel<kHeadDim, kForm>, kBytes, "encode");
     allow_shared(encode_kernel<kHeadDim, kForm>, kBytes, "encode");

@@ -144,19 +144,56 @@ __device__ inline uint4 read_raw(const BlockReader& block, uint32_t begin, int l
   return join_halves(values);
 }
 
-// What escapes: of intervals all ones of kOpenBits bits, of likely ranges a zero. Of what fields' bits take from their
-// words, negative numbers, the one that is nearest to that: escapes() tells whether it is that.
+// What escapes: of intervals all ones of kOpenBits bits, of likely ranges a zero. A key of a value tells by what its
+// field's bits take from the word, a negative number, and by its index, the key's low bits: of a lane the smallest one
+// is its first escape, if it has any, the next its second.
 struct OpenEscapes {
-  static constexpr int32_t kFarthest = INT32_MAX;
   static constexpr int32_t kMost = -(((1 << (kOpenBits + 1)) - 2) << 15);
-  __device__ static int32_t nearer(int32_t a, int32_t b) { return min(a, b); }
-  __device__ static bool escapes(int32_t taken) { return taken < kMost + kLaneValues; }
+  __device__ static int32_t key(uint32_t taken, int index) { return static_cast<int32_t>(taken) + index; }
+  __device__ static bool escapes(int32_t key) { return key < kMost + kLaneValues; }
+  // The smallest key, as it is found: less instructions where what is taken is added.
+  static constexpr int32_t kNone = INT32_MAX;
+  __device__ static int32_t nearer(int32_t found, uint32_t taken, int index) { return min(found, key(taken, index)); }
+  __device__ static int32_t key_of(int32_t found) { return found; }
 };
 struct LikelyEscapes {
-  static constexpr int32_t kFarthest = INT32_MIN;
-  __device__ static int32_t nearer(int32_t a, int32_t b) { return max(a, b); }
-  __device__ static bool escapes(int32_t taken) { return taken >= -(1 << 15); }
+  __device__ static int32_t key(uint32_t taken, int index) { return index - static_cast<int32_t>(taken); }
+  __device__ static bool escapes(int32_t key) { return key < kLaneValues; }
+  static constexpr int32_t kNone = INT32_MIN;
+  __device__ static int32_t nearer(int32_t found, uint32_t taken, int index) {
+    return max(found, static_cast<int32_t>(taken) + (kLaneValues - 1 - index));
+  }
+  __device__ static int32_t key_of(int32_t found) { return kLaneValues - 1 - found; }
 };
+
+// Puts what escaped in a row in its places: `escapes` values at most, from the half `next` on. key: of a lane's first
+// one, if it has any; key_at(i): that of its value i.
+template <typename Escapes, typename KeyAt>
+__device__ __forceinline__ void put_escapes(const BlockReader& block, uint32_t next, uint32_t escapes, int32_t key,
+                                            const KeyAt& key_at, uint4& out) {
+  bool escaped = Escapes::escapes(key);
+  const uint32_t last = next + escapes;
+#pragma unroll 1
+  for (uint32_t lanes = __ballot_sync(kAllLanes, escaped); lanes != 0;) {
+    if (escaped) {
+      put_value(out, static_cast<uint32_t>(key) % kLaneValues,
+                block.half(next + static_cast<uint32_t>(__popc(lanes & lanes_below()))));
+    }
+    next += static_cast<uint32_t>(__popc(lanes));
+    if (next >= last) {
+      break;
+    }
+    // The smallest key beyond this one: smaller ones are huge where they are counted from it.
+    uint32_t beyond = UINT32_MAX;
+#pragma unroll
+    for (int i = 0; i < kLaneValues; ++i) {
+      beyond = min(beyond, static_cast<uint32_t>(key_at(i) - key - 1));
+    }
+    key += static_cast<int32_t>(beyond) + 1;
+    escaped = escaped && Escapes::escapes(key);
+    lanes = __ballot_sync(kAllLanes, escaped);
+  }
+}
 
 // kRows coded rows at once, one sum over the lanes for two of them. Of a raw row it gives something.
 template <typename Escapes, int kRows>
@@ -170,7 +207,7 @@ __device__ __forceinline__ void read_coded(const BlockReader& block, const RowSp
   for (int r = 0; r < kRows; ++r) {
     const uint32_t(&f)[kLaneValues] = fields[r];
     first_bits[r] = (f[0] + f[1] + f[2] + f[3]) & 0xffu;
-    own_bits += ((first_bits[r] + f[4] + f[5] + f[6] + f[7]) & 0xffu) << (16 * r);
+    own_bits += ((f[0] + f[1] + f[2] + f[3] + f[4] + f[5] + f[6] + f[7]) & 0xffu) << (16 * r);
   }
   int total;
   const auto bits_before = static_cast<uint32_t>(sum_below(static_cast<int>(own_bits), total));
@@ -178,8 +215,8 @@ __device__ __forceinline__ void read_coded(const BlockReader& block, const RowSp
   for (int r = 0; r < kRows; ++r) {
     const uint32_t(&f)[kLaneValues] = fields[r];
     const uint32_t first = rows[r].begin * 16 + (bits_before >> (16 * r) & 0xffffu);
-    uint32_t values[kLaneValues];          // join_values()
-    int32_t nearest = Escapes::kFarthest;  // what a field's bits take, and its index, which is less than any step
+    uint32_t values[kLaneValues];  // join_values()
+    int32_t nearest = Escapes::kNone;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       uint32_t low;
@@ -189,7 +226,7 @@ __device__ __forceinline__ void read_coded(const BlockReader& block, const RowSp
 #pragma unroll
       for (int i = 4 * half; i < 4 * half + 4; ++i) {
         const uint32_t taken = (__funnelshift_r(low, high, at) & low_ones(f[i])) * field_step(f[i]);
-        nearest = Escapes::nearer(nearest, static_cast<int32_t>(taken) + i);
+        nearest = Escapes::nearer(nearest, taken, i);
         values[i] = f[i] + taken;
         at += f[i];
       }
@@ -199,27 +236,9 @@ __device__ __forceinline__ void read_coded(const BlockReader& block, const RowSp
     const uint32_t coded_halves = ((static_cast<uint32_t>(total) >> (16 * r) & 0xffffu) + 15) / 16;
     const uint32_t escapes = rows[r].halves - coded_halves;
     if (escapes - 1 < kRowValues) {
-      const bool escaped = Escapes::escapes(nearest);
-      const uint32_t lanes = __ballot_sync(kAllLanes, escaped);
-      uint32_t next = rows[r].begin + coded_halves;
-      if (static_cast<uint32_t>(__popc(lanes)) == escapes) {  // as a rule no lane has two
-        next += static_cast<uint32_t>(__popc(lanes & lanes_below()));
-        if (escaped) {
-          put_value(out[r], static_cast<uint32_t>(nearest) % kLaneValues, block.half(next));
-        }
-      } else {
-        uint32_t own = 0;
-#pragma unroll
-        for (int i = 0; i < kLaneValues; ++i) {
-          own |= Escapes::escapes(static_cast<int32_t>(values[i] - f[i]) + i) ? 1u << i : 0;
-        }
-        int all;
-        next += static_cast<uint32_t>(sum_below(__popc(own), all));
-#pragma unroll 1
-        for (; own != 0; own &= own - 1) {
-          put_value(out[r], static_cast<uint32_t>(__ffs(static_cast<int>(own))) - 1, block.half(next++));
-        }
-      }
+      put_escapes<Escapes>(
+          block, rows[r].begin + coded_halves, escapes, Escapes::key_of(nearest),
+          [&](int i) { return Escapes::key(values[i] - f[i], i); }, out[r]);
     }
   }
 }

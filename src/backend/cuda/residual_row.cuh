@@ -275,20 +275,36 @@ __device__ inline void put_row(const LaneRow& row, const uint32_t (&values)[kLan
     }
     return;
   }
-  int at = row.first_bit + (lossless ? 16 : 0);
   if (lossless && lane == 0) {
     put_bits(words, 0, base, 16);
   }
-  const int escape_bits = lossless ? 8 : 16;
-  int next = (lossless ? 16 : 0) + (row.total_bits + 15) / 16 * 16 + row.first_escape * escape_bits;
+  int at = row.first_bit + (lossless ? 16 : 0);
 #pragma unroll
   for (int i = 0; i < kLaneValues; ++i) {
     put_bits(words, at, row.bits[i], row.widths[i]);
     at += row.widths[i];
-    if (row.escaped >> i & 1) {
-      put_bits(words, next, lossless ? exponent_of(values[i]) : values[i], escape_bits);
-      next += escape_bits;
+  }
+  int next = (lossless ? 16 : 0) + (row.total_bits + 15) / 16 * 16;
+  if (lossless) {
+    next += row.first_escape * 8;
+#pragma unroll
+    for (int i = 0; i < kLaneValues; ++i) {
+      if (row.escaped >> i & 1) {
+        put_bits(words, next, exponent_of(values[i]), 8);
+        next += 8;
+      }
     }
+    return;
+  }
+  for (uint32_t left = row.escaped; __any_sync(kAllLanes, left != 0); left &= left - 1) {
+    const uint32_t lanes = __ballot_sync(kAllLanes, left != 0);
+#pragma unroll
+    for (int i = 0; i < kLaneValues; ++i) {
+      if (__ffs(static_cast<int>(left)) == i + 1) {
+        put_bits(words, next + 16 * __popc(lanes & lanes_below()), values[i], 16);
+      }
+    }
+    next += 16 * __popc(lanes);
   }
 }
 

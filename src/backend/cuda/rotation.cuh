@@ -117,6 +117,66 @@ __device__ void rotate_eight(float (&x)[kHeadDim / 32][8]) {
   }
 }
 
+// The same sums of pairs of bf16, each rounded to bf16 and none scaled. sum_eight: x[i][k] of lane 4 g + c are the dims
+// 32 i + 8c + 2k, + 1 of vector g. sum_lanes: x[j] are the dim 32 j + lane of as many vectors.
+__device__ inline uint32_t mix_lane_pairs(uint32_t x, int reach) {
+  const uint32_t other = __shfl_xor_sync(kAllLanes, x, reach);
+  return multiply_add_pairs(x, (static_cast<int>(threadIdx.x) & reach) == 0 ? 0x3f803f80u : 0xbf80bf80u, other);
+}
+__device__ inline void mix_pairs(uint32_t& a, uint32_t& b) {
+  const uint32_t sum = add_pairs(a, b);
+  b = multiply_add_pairs(b, 0xbf80bf80u, a);
+  a = sum;
+}
+template <int kRows, int kPairs>
+__device__ inline void sum_rows(uint32_t (&x)[kRows][kPairs], int rows) {
+#pragma unroll
+  for (int reach = 1; reach < rows; reach *= 2) {
+#pragma unroll
+    for (int j = 0; j < kRows; ++j) {
+#pragma unroll
+      for (int i = 0; i < kPairs; ++i) {
+        if ((j & reach) == 0) {
+          mix_pairs(x[j][i], x[j + reach][i]);
+        }
+      }
+    }
+  }
+}
+template <int kHeadDim>
+__device__ void sum_eight(uint32_t (&x)[kHeadDim / 32][4]) {
+#pragma unroll
+  for (int group = 0; group < kHeadDim / 32; ++group) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      x[group][i] = multiply_add_pairs(x[group][i], 0xbf803f80u, __byte_perm(x[group][i], 0, 0x1032));
+    }
+    mix_pairs(x[group][0], x[group][1]);
+    mix_pairs(x[group][2], x[group][3]);
+    mix_pairs(x[group][0], x[group][2]);
+    mix_pairs(x[group][1], x[group][3]);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      x[group][i] = mix_lane_pairs(mix_lane_pairs(x[group][i], 1), 2);
+    }
+  }
+  sum_rows(x, rotation_block(kHeadDim) / 32);
+}
+template <int kHeadDim, int kPairs>
+__device__ void sum_lanes(uint32_t (&x)[kHeadDim / 32][kPairs]) {
+#pragma unroll
+  for (int reach = 1; reach < 32; reach *= 2) {
+#pragma unroll
+    for (int j = 0; j < kHeadDim / 32; ++j) {
+#pragma unroll
+      for (int i = 0; i < kPairs; ++i) {
+        x[j][i] = mix_lane_pairs(x[j][i], reach);
+      }
+    }
+  }
+  sum_rows(x, rotation_block(kHeadDim) / 32);
+}
+
 // Queries as a warp of draft attention holds them: q[i] are pairs of those dims.
 template <int kHeadDim>
 __device__ void rotate_queries(uint32_t (&q)[kHeadDim / 32][4]) {

@@ -61,17 +61,17 @@ __device__ inline uint32_t pack_pair(float first, float second) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(second), "f"(first));
   return out;
 }
-// The products of two pairs of bf16, rounded once.
-__device__ inline uint32_t multiply_pairs(uint32_t a, uint32_t b) {
+// a b + c of pairs of bf16, rounded once; products and sums alone.
+__device__ inline uint32_t multiply_add_pairs(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t out;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(0x80008000u));
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
   return out;
 }
-// Their sums.
+__device__ inline uint32_t multiply_pairs(uint32_t a, uint32_t b) {
+  return multiply_add_pairs(a, b, 0x80008000u);
+}
 __device__ inline uint32_t add_pairs(uint32_t a, uint32_t b) {
-  uint32_t out;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(0x3f803f80u), "r"(b));
-  return out;
+  return multiply_add_pairs(a, 0x3f803f80u, b);
 }
 __device__ inline float first_of_pair(uint32_t pair) {
   return __uint_as_float(pair << 16);

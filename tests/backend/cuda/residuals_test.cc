@@ -59,9 +59,10 @@ class Fields {
       : packed_(packed), shape_(shape), format_(format) {
     for (int head = 0; format.rotated && head < shape.kv_heads; ++head) {
       for (const bool keys : {true, false}) {
-        const bool exact = (keys ? format.key() : format.value()).exact();
-        bases_.emplace_back(shape, keys, [&](int token, int dim) {
-          return exact ? RotatedBase::Code{} : code_of(head_page(head), format, shape.head_dim, keys, token, dim);
+        const KvPart part = keys ? format.key() : format.value();
+        bases_.emplace_back(shape, keys, part.bits, [&](int token, int dim) {
+          return part.exact() ? RotatedBase::Code{}
+                              : code_of(head_page(head), format, shape.head_dim, keys, token, dim);
         });
       }
     }
