@@ -65,10 +65,10 @@ inline size_t residual_bound(const KvShape& shape) {
 // from `top` down, of one sign or of both. Coded is top - magnitude; what is not in there escapes: where a range is
 // likely as zero, else as all ones of kOpenBits bits, and no sign.
 inline constexpr int kOpenBits = 9;
-inline constexpr int kMostFieldBits = kOpenBits + 1;
+inline constexpr int kLikelyBits = 10;  // more: what is near zero escapes else, one of eight where the sign is open
 struct ResidualField {
   uint32_t top = 0x7fff;
-  int magnitude_bits = 0;    // kOpenBits at most
+  int magnitude_bits = 0;    // kOpenBits at most, or kLikelyBits
   bool either_sign = false;  // then the sign is one bit more, below
   bool negative = false;     // else this is it
   bool likely = false;       // not certain, however few its bits
@@ -102,7 +102,8 @@ VERICACHE_BOTH inline int residual_log2(uint32_t x) {
 
 // A value lies between minimum + first * scale and minimum + last * scale, where first and last have 9 significant bits
 // at most. Near zero such an interval holds every small exponent: what is below a sixteenth of its far end escapes, so
-// that no code leaves more than kMostFieldBits open. An end that is no number counts as one of the largest magnitude.
+// that no code leaves more than kOpenBits and a sign open. An end that is no number counts as one of the largest
+// magnitude.
 VERICACHE_BOTH inline ResidualField interval_field(float first, float last, float scale, float minimum) {
   // Products of 9 and 8 significant bits are exact: only the sums round, contracted or not.
   const float low = minimum + first * scale;

@@ -47,7 +47,7 @@ VERICACHE_BOTH inline ResidualField rotated_field(uint32_t base, const RotatedRe
   const uint32_t high = range >> 16;
   const uint32_t low = either_sign ? 0 : range & 0x7fffu;
   const int bits = residual_log2(high - low + 2);
-  return {high + 1, bits < kOpenBits ? bits : kOpenBits, either_sign, !either_sign && base >> 15 != 0, true};
+  return {high + 1, bits < kLikelyBits ? bits : kLikelyBits, either_sign, !either_sign && base >> 15 != 0, true};
 }
 
 // A base is made of what a token's codes say beside their middle, in bf16: every sum and product is rounded to it. What

@@ -148,6 +148,7 @@ __device__ inline uint4 read_raw(const BlockReader& block, uint32_t begin, int l
 // field's bits take from the word, a negative number, and by its index, the key's low bits: of a lane the smallest one
 // is its first escape, if it has any, the next its second.
 struct OpenEscapes {
+  static constexpr int kFieldBits = kOpenBits + 1;  // at most
   static constexpr int32_t kMost = -(((1 << (kOpenBits + 1)) - 2) << 15);
   __device__ static int32_t key(uint32_t taken, int index) { return static_cast<int32_t>(taken) + index; }
   __device__ static bool escapes(int32_t key) { return key < kMost + kLaneValues; }
@@ -157,6 +158,7 @@ struct OpenEscapes {
   __device__ static int32_t key_of(int32_t found) { return found; }
 };
 struct LikelyEscapes {
+  static constexpr int kFieldBits = kLikelyBits + 1;
   __device__ static int32_t key(uint32_t taken, int index) { return index - static_cast<int32_t>(taken); }
   __device__ static bool escapes(int32_t key) { return key < kLaneValues; }
   static constexpr int32_t kNone = INT32_MIN;
@@ -199,8 +201,9 @@ __device__ __forceinline__ void put_escapes(const BlockReader& block, uint32_t n
 template <typename Escapes, int kRows>
 __device__ __forceinline__ void read_coded(const BlockReader& block, const RowSpan (&rows)[kRows],
                                            const uint32_t (&fields)[kRows][kLaneValues], uint4 (&out)[kRows]) {
-  static_assert(kLaneValues == 8 && 4 * kMostFieldBits <= 64 && 3 * kMostFieldBits < 32);
-  static_assert(kRows <= 2 && 32 * kLaneValues * kMostFieldBits < 1 << 16);
+  constexpr int kBits = Escapes::kFieldBits;
+  static_assert(kLaneValues == 8 && 4 * kBits <= 64 && 2 * kBits < 32 && kLaneValues * kBits < 256);
+  static_assert(kRows <= 2 && 32 * kLaneValues * kBits < 1 << 16);
   uint32_t first_bits[kRows];
   uint32_t own_bits = 0;
 #pragma unroll
@@ -215,7 +218,7 @@ __device__ __forceinline__ void read_coded(const BlockReader& block, const RowSp
   for (int r = 0; r < kRows; ++r) {
     const uint32_t(&f)[kLaneValues] = fields[r];
     const uint32_t first = rows[r].begin * 16 + (bits_before >> (16 * r) & 0xffffu);
-    uint32_t values[kLaneValues];  // join_values()
+    uint32_t taken[kLaneValues];
     int32_t nearest = Escapes::kNone;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -225,20 +228,21 @@ __device__ __forceinline__ void read_coded(const BlockReader& block, const RowSp
       uint32_t at = 0;
 #pragma unroll
       for (int i = 4 * half; i < 4 * half + 4; ++i) {
-        const uint32_t taken = (__funnelshift_r(low, high, at) & low_ones(f[i])) * field_step(f[i]);
-        nearest = Escapes::nearer(nearest, taken, i);
-        values[i] = f[i] + taken;
+        // Of four fields the last begins behind the first word where all before it are wide.
+        const bool behind = 3 * kBits >= 32 && i % 4 == 3 && (at & 32) != 0;
+        taken[i] = (__funnelshift_r(behind ? high : low, high, at) & low_ones(f[i])) * field_step(f[i]);
+        nearest = Escapes::nearer(nearest, taken[i], i);
         at += f[i];
       }
     }
-    out[r] = make_uint4(join_values(values[0], values[1]), join_values(values[2], values[3]),
-                        join_values(values[4], values[5]), join_values(values[6], values[7]));
+    const auto pair = [&](int i) { return join_values(f[i] + taken[i], f[i + 1] + taken[i + 1]); };
+    out[r] = make_uint4(pair(0), pair(2), pair(4), pair(6));
     const uint32_t coded_halves = ((static_cast<uint32_t>(total) >> (16 * r) & 0xffffu) + 15) / 16;
     const uint32_t escapes = rows[r].halves - coded_halves;
     if (escapes - 1 < kRowValues) {
       put_escapes<Escapes>(
           block, rows[r].begin + coded_halves, escapes, Escapes::key_of(nearest),
-          [&](int i) { return Escapes::key(values[i] - f[i], i); }, out[r]);
+          [&](int i) { return Escapes::key(taken[i], i); }, out[r]);
     }
   }
 }

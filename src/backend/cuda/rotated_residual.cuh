@@ -47,7 +47,7 @@ struct RotatedBases {
 // below: pairs as well, and the latter of the other sign.
 __device__ inline void pack_rotated_fields(uint32_t bases, uint32_t above, uint32_t below, uint32_t& first,
                                            uint32_t& second) {
-  constexpr uint32_t kMost = ((1u << kOpenBits) - 1) * kBothHalves;
+  constexpr uint32_t kMost = ((1u << kLikelyBits) - 1) * kBothHalves;
   constexpr uint32_t kSignBit = (kCodesSign & 0xffffu) + 1;
   const uint32_t distance = bases & 0x7fff7fffu;
   const uint32_t high = add_pairs(distance, above);
