@@ -23,7 +23,7 @@ struct DecodePlan {
   uint32_t value_bytes = 0;
   uint32_t value_offset = 0;  // of V in a resident head page
   uint32_t values_at = 0;     // K is at kPackedAt
-  uint32_t tables_at = 0;     // of a rotated format a RotatedMemory
+  uint32_t tables_at = 0;     // of a rotated format its RotatedGroups
   uint32_t value_table_at = 0;
   uint32_t maps_at = 0;
   uint32_t value_map_at = 0;
@@ -56,7 +56,11 @@ struct DecodeMemory {
     plan.values_at = kPackedAt + plan.key_bytes;
     plan.tables_at = (plan.values_at + plan.value_bytes + kTableAlignment - 1) / kTableAlignment * kTableAlignment;
     if (form == Form::rotated) {
-      plan.bytes = plan.tables_at + sizeof(RotatedMemory<kHeadDim>);
+      // The bases of V are made when the packed K has been read: they lie where that and the packed V do not.
+      constexpr auto kBases = static_cast<uint32_t>(sizeof(RotatedBases<kHeadDim>));
+      plan.values_at = kPackedAt + (plan.key_bytes > kBases ? plan.key_bytes : kBases);
+      plan.tables_at = plan.values_at + plan.value_bytes;
+      plan.bytes = plan.tables_at + static_cast<uint32_t>(sizeof(RotatedGroups<kHeadDim>));
       return plan;
     }
     plan.value_table_at = plan.tables_at + table_bytes(key, kHeadDim);
@@ -365,8 +369,7 @@ __device__ __forceinline__ void decode_part(const BlockReader& block, const Part
 
 // Grid (pages, heads). proofs: null where nothing is proved.
 template <int kHeadDim, Form kForm>
-__global__ void __launch_bounds__(kThreads, kForm == Form::rotated ? 3 : 4)
-    decode_kernel(DecodeArgs args, DecodePlan plan, PageProof* proofs) {
+__global__ void __launch_bounds__(kThreads, 4) decode_kernel(DecodeArgs args, DecodePlan plan, PageProof* proofs) {
   using Memory = DecodeMemory<kHeadDim>;
   extern __shared__ __align__(128) std::byte memory[];
   std::byte* const coded = memory + Memory::kBlockAt;
@@ -395,8 +398,8 @@ __global__ void __launch_bounds__(kThreads, kForm == Form::rotated ? 3 : 4)
     BlockReader::begin(coded, BlockShape<kHeadDim>::kRows);
   }
   if constexpr (kForm == Form::rotated) {
-    reinterpret_cast<RotatedMemory<kHeadDim>*>(memory + plan.tables_at)
-        ->groups.fill(format, packed, packed + plan.value_offset);
+    reinterpret_cast<RotatedGroups<kHeadDim>*>(memory + plan.tables_at)
+        ->fill(format, packed, packed + plan.value_offset);
   }
   copies.finish();
 
@@ -408,10 +411,11 @@ __global__ void __launch_bounds__(kThreads, kForm == Form::rotated ? 3 : 4)
       out.put(row, lane, read_alone(block, block.row(row), lane));
     }
   } else if constexpr (kForm == Form::rotated) {
-    auto& shared = *reinterpret_cast<RotatedMemory<kHeadDim>*>(memory + plan.tables_at);
+    const auto& groups = *reinterpret_cast<const RotatedGroups<kHeadDim>*>(memory + plan.tables_at);
+    auto& bases = *reinterpret_cast<RotatedBases<kHeadDim>*>(keys);
     const auto put = [&](int row, int lane, const uint4& vector) { out.put(row, lane, vector); };
-    decode_rotated<kHeadDim, true>(block, format.key(), keys, shared, put);
-    decode_rotated<kHeadDim, false>(block, format.value(), values, shared, put);
+    decode_rotated<kHeadDim, true>(block, format.key(), keys, groups, bases, put);
+    decode_rotated<kHeadDim, false>(block, format.value(), values, groups, bases, put);
   } else {
     const auto words = [&](uint32_t at) { return reinterpret_cast<uint32_t*>(memory + at); };
     constexpr bool kNuq = kForm == Form::nuq;

@@ -59,8 +59,9 @@ __device__ void rotated_fields(bool keys, int part_row, int lane, ResidualField 
 #pragma unroll
   for (int i = 0; i < kLaneValues; ++i) {
     const int of = keys ? part_row / 8 : lane_place<kHeadDim, false>(part_row, lane).token + i;
-    fields[i] = rotated_field(bases[i], keys ? RotatedReach{groups.key_above[of], groups.key_below[of]}
-                                             : RotatedReach{groups.value_above[of], groups.value_below[of]});
+    const uint32_t above = keys ? groups.key_above[of] : groups.value_above[of];
+    const uint32_t below = keys ? groups.key_below[of] : groups.value_below[of];
+    fields[i] = rotated_field(bases[i], {above, below & kMagnitudeBits});
   }
 }
 

@@ -20,7 +20,8 @@ __device__ inline uint32_t pair_of(float x) {
   return (__float_as_uint(x) >> 16) * kBothHalves;
 }
 
-// What a head page's bases are made with, and how far values lie from them: bits of bf16. In shared memory.
+// What a head page's bases are made with, and how far values lie from them, below as negative numbers: bits of bf16. In
+// shared memory.
 template <int kHeadDim>
 struct RotatedGroups {
   alignas(16) uint16_t key_scales[kHeadDim];  // by rotated_rest()
@@ -46,6 +47,7 @@ struct RotatedGroups {
 
  private:
   static constexpr int kBlock = rotation_block(kHeadDim);
+  static constexpr uint32_t kMinus = 0x8000u;
 
   // Four dims of K.
   __device__ void fill_keys(int bits, const uint2* groups, int lane) {
@@ -71,7 +73,7 @@ struct RotatedGroups {
     if (lane % 8 == 0) {
       const RotatedReach reach = rotated_reach(squares, kBlock);
       key_above[lane / 8] = static_cast<uint16_t>(reach.above);
-      key_below[lane / 8] = static_cast<uint16_t>(reach.below);
+      key_below[lane / 8] = static_cast<uint16_t>(reach.below | kMinus);
     }
   }
   __device__ void fill_value(int bits, const uint16_t* groups, int token) {
@@ -85,7 +87,7 @@ struct RotatedGroups {
     value_scales[token] = static_cast<uint16_t>(multiply_pairs(multiply_pairs(scale, rest), power));
     value_centres[token] = static_cast<uint16_t>(pack_pair(centre, 0.0f));
     value_above[token] = static_cast<uint16_t>(reach.above);
-    value_below[token] = static_cast<uint16_t>(reach.below);
+    value_below[token] = static_cast<uint16_t>(reach.below | kMinus);
   }
   __device__ static float4 floats_of(const uint2& pairs) {
     return make_float4(first_of_pair(pairs.x), second_of_pair(pairs.x), first_of_pair(pairs.y),
@@ -114,11 +116,17 @@ __device__ inline void read_steps(const std::byte* part, const LanePlace& at, ui
     const Run8 run = kKeys ? key_run(at.token, at.dim) : value_run(at.token, at.dim);
     const RunWords words = read_run(codes + run.chunk * chunk_bytes(kBits), kPart, run);
     if constexpr (kBits == 3) {
-      const uint32_t threes = run_of_threes(words.three, run);
+      // As run_of_threes(), its pairs one by one.
+      const int of_four = 2 * run.x + run.row;
+      const bool last = of_four == 3;
+      const uint32_t own = of_four == 0 ? words.three[0] : of_four == 1 ? words.three[1] : words.three[2];
 #pragma unroll
-      for (int i = 0; i < kLanePairs; ++i) {
-        pairs[i] = select_or(threes >> (3 * i), 0x00070007u, kLowExponent);
+      for (int i = 0; i < 3; ++i) {
+        pairs[i] = select_or((last ? words.three[i] : own) >> (last ? 12 : 3 * i), 0x00070007u, kLowExponent);
       }
+      const uint32_t two = select_bits(0x80008000u, words.three[1], words.three[0] >> 1);
+      const uint32_t three = select_bits(0x80008000u, words.three[2], two >> 1);
+      pairs[3] = select_or((last ? three : own) >> (last ? 13 : 9), 0x00070007u, kLowExponent);
     } else {
       const uint32_t two = words.two >> (8 * run.row);
 #pragma unroll

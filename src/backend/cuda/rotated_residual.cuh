@@ -44,22 +44,16 @@ struct RotatedBases {
 };
 
 // rotated_field() of a pair of bases in words, in the halves of words as far as they allow, without a branch. above,
-// below: pairs as well, and the latter of the other sign.
+// below: pairs as well, and the latter negative.
 __device__ inline void pack_rotated_fields(uint32_t bases, uint32_t above, uint32_t below, uint32_t& first,
                                            uint32_t& second) {
   constexpr uint32_t kMost = ((1u << kLikelyBits) - 1) * kBothHalves;
-  constexpr uint32_t kSignBit = (kCodesSign & 0xffffu) + 1;
-  const uint32_t distance = bases & 0x7fff7fffu;
-  const uint32_t high = add_pairs(distance, above);
-  const uint32_t low = add_pairs(distance, below);
+  const uint32_t high = add_magnitudes(bases, above);
+  const uint32_t low = add_magnitudes(bases, below);
   const uint32_t either = fill_halves(low);
-  // Twice the magnitudes: the highest bit of that is as high as these have bits.
   const uint32_t twice = __vminu2((high - (low & ~either)) * 2 + 2 * kBothHalves, 2 * kMost);
-  // One below the top. Of two signs one is set, as kCodesSign wants it.
-  const uint32_t below_top = high + ((bases | either) & kBothSigns);
-  const auto bits_of = [](uint32_t one) { return static_cast<uint32_t>(highest_bit(one)); };
-  first = below_top * 0x10000u + ((either & kSignBit) + bits_of(twice & 0xffffu) + 0x10000u);
-  second = (__byte_perm(either, below_top, 0x7632) & (0xffff0000u | kSignBit)) + bits_of(twice) + (0x10000u - 16);
+  // The top is one more.
+  join_fields(high + ((bases | either) & kBothSigns), either, twice, 0x10000u, first, second);
 }
 // The fields of a lane's values. above, below: as there, of K the same pair.
 __device__ inline void pack_rotated_row(const uint32_t (&bases)[kLanePairs], const uint32_t (&above)[kLanePairs],
@@ -70,36 +64,29 @@ __device__ inline void pack_rotated_row(const uint32_t (&bases)[kLanePairs], con
   }
 }
 
-// What a block has in shared memory to decode a rotated head page.
-template <int kHeadDim>
-struct RotatedMemory {
-  RotatedGroups<kHeadDim> groups;
-  RotatedBases<kHeadDim> values;
-};
-
 // The rows of K or V. packed: in shared memory, or nothing where the part is exact; put(row of the block, lane, its
-// values). A whole block of kOctets warps; shared.groups are there, and it is read until the last row of V is.
+// values); values: of V, written when `packed` of K is no longer read, and read until the last row of V is. A whole
+// block of kOctets warps.
 template <int kHeadDim, bool kKeys, typename Put>
 __device__ void decode_rotated(const BlockReader& block, const KvPart& format, const std::byte* packed,
-                               RotatedMemory<kHeadDim>& shared, const Put& put) {
+                               const RotatedGroups<kHeadDim>& groups, RotatedBases<kHeadDim>& values, const Put& put) {
   constexpr int kRows = kHeadDim / 4;  // of K, and as many of V
   constexpr int kFirst = kKeys ? 0 : kRows;
   constexpr int kTogether = kKeys && kHeadDim % 64 != 0 ? 1 : 2;
   const auto warp = static_cast<int>(threadIdx.x / 32 % kOctets);
   const auto lane = static_cast<int>(threadIdx.x % 32);
-  const RotatedGroups<kHeadDim>& groups = shared.groups;
   // Rows that lie about these bases, kTogether of them.
   const auto read_rows = [&](const int(&at)[kTogether], const uint32_t(&fields)[kTogether][kLaneValues]) {
     RowSpan rows[kTogether];
-    uint4 values[kTogether];
+    uint4 out[kTogether];
 #pragma unroll
     for (int r = 0; r < kTogether; ++r) {
       rows[r] = block.row(at[r]);
     }
-    read_coded<LikelyEscapes>(block, rows, fields, values);
+    read_coded<LikelyEscapes>(block, rows, fields, out);
 #pragma unroll
     for (int r = 0; r < kTogether; ++r) {
-      put(at[r], lane, rows[r].raw() ? read_raw(block, rows[r].begin, lane) : values[r]);
+      put(at[r], lane, rows[r].raw() ? read_raw(block, rows[r].begin, lane) : out[r]);
     }
   };
   if (format.exact()) {
@@ -118,13 +105,14 @@ __device__ void decode_rotated(const BlockReader& block, const KvPart& format, c
         const int j = first + r;
         at[r] = 8 * j + warp;
         const uint32_t above = groups.key_above[j] * kBothHalves;
-        const uint32_t below = groups.key_below[j] * kBothHalves ^ kBothSigns;
+        const uint32_t below = groups.key_below[j] * kBothHalves;
         pack_rotated_row(bases[j], {above, above, above, above}, {below, below, below, below}, fields[r]);
       }
       read_rows(at, fields);
     }
   } else {
-    shared.values.template fill<false>(format.bits, packed, groups);
+    __syncthreads();
+    values.template fill<false>(format.bits, packed, groups);
     __syncthreads();
 #pragma unroll 1
     for (int octet = warp; octet < kHeadDim / 8; octet += kOctets) {
@@ -138,13 +126,9 @@ __device__ void decode_rotated(const BlockReader& block, const KvPart& format, c
         uint32_t bases[kLanePairs];
         uint32_t above[kLanePairs];
         uint32_t below[kLanePairs];
-        words_of(shared.values.of(row, lane), bases);
+        words_of(values.of(row, lane), bases);
         read_eight(groups.value_above, token, above);
         read_eight(groups.value_below, token, below);
-#pragma unroll
-        for (uint32_t& pair : below) {
-          pair ^= kBothSigns;
-        }
         pack_rotated_row(bases, above, below, fields[r]);
       }
       read_rows(at, fields);
