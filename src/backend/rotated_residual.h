@@ -15,8 +15,8 @@ namespace vericache {
 // the errors of its whole block, and their sum is nearly normal: its variance is the mean square of the steps over 12.
 // As many of its deviations are likely: a wider reach costs bits, a narrower one escapes, and a field goes on below
 // because its codes are a power of two. Measured: docs/compressors.md.
-inline constexpr float kDeviationsAbove = 2.28f;
-inline constexpr float kDeviationsBelow = 1.6f;
+inline constexpr float kDeviationsAbove = 2.6f;
+inline constexpr float kDeviationsBelow = 1.75f;
 
 // How far the magnitudes of values lie from those of their bases: bits of bf16, neither negative nor infinite.
 struct RotatedReach {

@@ -74,7 +74,7 @@ TEST(Residuals, OrdinaryValuesTakeFewBits) {
                             {{6, 6, KvCode::plane}, ResidualCode::resident, 6.2},
                             {{8, 8, KvCode::fp8}, ResidualCode::resident, 5.0},
                             {{8, 8, KvCode::int8}, ResidualCode::resident, 5.3},
-                            {rotated_of(8, 8), ResidualCode::resident, 4.4},
+                            {rotated_of(8, 8), ResidualCode::resident, 4.6},
                             {rotated_of(6, 6), ResidualCode::resident, 6.2},
                             {rotated_of(4, 4), ResidualCode::resident, 8.3},
                             {rotated_of(3, 3), ResidualCode::resident, 9.4},

@@ -55,15 +55,14 @@ __device__ inline Interval interval_of(const KvPart& part, uint32_t code, const 
   // The products are exact: only the sums round.
   return {fmaf(first, scale, minimum), fmaf(last, scale, minimum)};
 }
-// The words of two fields. tops: with the sign, of either sign one; either: all ones in the halves of such; twice: what
-// the fields count, so that its highest bit is as high as it has bits; beside: what is added to words.
-__device__ inline void join_fields(uint32_t tops, uint32_t either, uint32_t twice, uint32_t beside, uint32_t& first,
-                                   uint32_t& second) {
+// The words of two fields. tops: kBelow below the tops, with the sign, of either sign one; either: all ones in the
+// halves of such; twice: what the fields count, so that its highest bit is as high as it has bits.
+template <uint32_t kBelow>
+__device__ inline void join_fields(uint32_t tops, uint32_t either, uint32_t twice, uint32_t& first, uint32_t& second) {
   constexpr uint32_t kSignBit = (kCodesSign & 0xffffu) + 1;
-  beside -= 16;
-  first = tops * 0x10000u + ((either & kSignBit) + static_cast<uint32_t>(highest_bit(twice * 0x10000u)) + beside);
-  second = (__byte_perm(either, tops, 0x7632) & (0xffff0000u | kSignBit)) + static_cast<uint32_t>(highest_bit(twice)) +
-           beside;
+  const auto bits_of = [](uint32_t one) { return static_cast<uint32_t>(highest_bit(one)); };
+  first = (tops + kBelow) * 0x10000u + ((either & kSignBit) + bits_of(twice & 0xffffu));
+  second = (__byte_perm(either, tops, 0x7632) & (0xffff0000u | kSignBit)) + bits_of(twice) + (kBelow * 0x10000u - 16);
 }
 // interval_field() of two intervals, in the halves of words as far as they allow, without a branch.
 __device__ inline void pack_intervals(const Interval& a, const Interval& b, uint32_t& first, uint32_t& second) {
@@ -74,7 +73,7 @@ __device__ inline void pack_intervals(const Interval& a, const Interval& b, uint
   const uint32_t top = __vmaxu2(lows & 0x7fff7fffu, highs & 0x7fff7fffu);
   const uint32_t bottom = __vminu2(lows & 0x7fff7fffu, highs & 0x7fff7fffu) & ~either;
   const uint32_t twice = __vminu2((top - bottom) * 2 + kBoth, ((2u << kOpenBits) - 1) * kBoth);
-  join_fields(top + ((lows | highs) & 0x80008000u), either, twice, 0, first, second);
+  join_fields<0>(top + ((lows | highs) & 0x80008000u), either, twice, first, second);
 }
 
 // As many ones as the low five bits of `count` say.

@@ -77,18 +77,6 @@ __device__ inline uint32_t multiply_pairs(uint32_t a, uint32_t b) {
 __device__ inline uint32_t add_pairs(uint32_t a, uint32_t b) {
   return multiply_add_pairs(a, 0x3f803f80u, b);
 }
-// The sums of the magnitudes of a and of b.
-__device__ inline uint32_t add_magnitudes(uint32_t a, uint32_t b) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  uint32_t out;
-  asm("{\n.reg .b32 magnitudes;\nabs.bf16x2 magnitudes, %1;\nadd.rn.bf16x2 %0, magnitudes, %2;\n}"
-      : "=r"(out)
-      : "r"(a), "r"(b));
-  return out;
-#else
-  return add_pairs(a & 0x7fff7fffu, b);
-#endif
-}
 __device__ inline float first_of_pair(uint32_t pair) {
   return __uint_as_float(pair << 16);
 }
