@@ -265,6 +265,29 @@ struct WarpRows {
   }
 };
 
+// What the affine codes of a lane stand for, where they have no table: as interval_of().
+template <int kHeadDim, bool kKeys, int kBits>
+__device__ __forceinline__ void affine_intervals(const std::byte* part, const LanePlace& at,
+                                                 Interval (&intervals)[kLaneValues]) {
+  constexpr int kGroups = kKeys ? kHeadDim : kPageTokens;
+  constexpr float kMiddle = 1 << (kBits - 1);
+  uint32_t steps[kLanePairs];
+  read_steps<kHeadDim, kKeys, kBits>(part, at, steps);
+  const auto* affine = reinterpret_cast<const uint16_t*>(part) + (kKeys ? at.dim : at.token);
+  uint32_t scales[kLanePairs];
+  uint32_t minima[kLanePairs];
+  words_of(*reinterpret_cast<const uint4*>(affine), scales);
+  words_of(*reinterpret_cast<const uint4*>(affine + kGroups), minima);
+  const auto interval = [](float step, float scale, float minimum) {
+    return Interval{fmaf(step + (kMiddle - 0.5f), scale, minimum), fmaf(step + (kMiddle + 0.5f), scale, minimum)};
+  };
+#pragma unroll
+  for (int i = 0; i < kLanePairs; ++i) {
+    intervals[2 * i] = interval(first_of_pair(steps[i]), first_of_pair(scales[i]), first_of_pair(minima[i]));
+    intervals[2 * i + 1] = interval(second_of_pair(steps[i]), second_of_pair(scales[i]), second_of_pair(minima[i]));
+  }
+}
+
 // What a block knows of the K or V part that it joins its rows with.
 struct PartMemory {
   KvPart format;
@@ -337,13 +360,18 @@ __device__ __forceinline__ void decode_part(const BlockReader& block, const Part
             look_up<kFormat.bits>(part.table, own.first_affine_group(places[r]), codes, fields[r]);
           } else {
             Interval intervals[kLaneValues];
-            own.with_codes(part.packed, places[r], [&](int i, uint32_t code, const ResidualGroup& group) {
-              if constexpr (kIntervals<Format>) {
-                intervals[i] = interval_of(own.format, code, group);
-              } else {
-                fields[r][i] = pack_field(residual_field(own.format, code, group));
-              }
-            });
+            constexpr KvPart kFormat = Format();
+            if constexpr (kFormat.code == KvCode::affine) {
+              affine_intervals<kHeadDim, kKeys, kFormat.bits>(part.packed, places[r], intervals);
+            } else {
+              own.with_codes(part.packed, places[r], [&](int i, uint32_t code, const ResidualGroup& group) {
+                if constexpr (kIntervals<Format>) {
+                  intervals[i] = interval_of(own.format, code, group);
+                } else {
+                  fields[r][i] = pack_field(residual_field(own.format, code, group));
+                }
+              });
+            }
 #pragma unroll
             for (int i = 0; kIntervals<Format> && i < kLaneValues; i += 2) {
               pack_intervals(intervals[i], intervals[i + 1], fields[r][i], fields[r][i + 1]);
