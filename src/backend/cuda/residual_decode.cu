@@ -1,8 +1,8 @@
 // Pages of full KV from the form in which they cross the wire (residual_code.h), and their proof on the way.
 #include <type_traits>
 
-#include "backend/cuda/checksum.h"
-#include "backend/cuda/mismatches.cuh"
+#include "backend/cuda/block_copies.cuh"
+#include "backend/cuda/head_page_out.cuh"
 #include "backend/cuda/residual_forms.cuh"
 #include "backend/cuda/residual_outliers.cuh"
 #include "backend/cuda/rotated_residual.cuh"
@@ -69,120 +69,6 @@ struct DecodeMemory {
     plan.bytes = plan.value_map_at + static_cast<uint32_t>(outlier_map_bytes(value, kHeadDim));
     return plan;
   }
-};
-
-// Where a block's rows go, and their share in the page's checksum.
-template <int kHeadDim>
-class HeadPageOut {
- public:
-  static constexpr int kVectors = BlockShape<kHeadDim>::kHeadPageBytes / sizeof(uint4);
-
-  __device__ HeadPageOut(const DecodeArgs& args, int page, int head)
-      : first_(static_cast<uint32_t>(head * kVectors)),
-        vectors_(reinterpret_cast<uint4*>(args.out) + static_cast<size_t>(page) * gridDim.y * kVectors + first_),
-        proves_(args.checksums != nullptr) {}
-
-  // row: of the block.
-  __device__ void put(int row, int lane, const uint4& v) {
-    const int at = row * 32 + lane;
-    vectors_[at] = v;
-    if (proves_) {
-      sum_ += checksum_share(v.x | uint64_t{v.y} << 32, v.z | uint64_t{v.w} << 32, first_ + static_cast<uint32_t>(at));
-    }
-  }
-  __device__ uint16_t* values() const { return reinterpret_cast<uint16_t*>(vectors_); }
-  __device__ bool proves() const { return proves_; }
-  __device__ uint64_t sum() const { return sum_; }  // of this thread's rows
-
- private:
-  uint32_t first_;
-  uint4* vectors_;
-  bool proves_;
-  uint64_t sum_ = 0;
-};
-
-// The block's rows have been put: its share joins those of the page's other heads, and the last of them compares. All
-// threads of the block.
-template <int kHeadDim>
-__device__ void prove_block(const DecodeArgs& args, int page, const HeadPageOut<kHeadDim>& out, PageProof* proofs) {
-  __shared__ unsigned long long block_sum;
-  if (threadIdx.x == 0) {
-    block_sum = 0;
-  }
-  __syncthreads();
-  const uint64_t sum = sum_of_lanes(out.sum());
-  if (threadIdx.x % 32 == 0) {
-    atomicAdd(&block_sum, static_cast<unsigned long long>(sum));
-  }
-  __syncthreads();
-  if (threadIdx.x != 0) {
-    return;
-  }
-  PageProof& proof = proofs[1 + page];
-  atomicAdd(&proof.sum, block_sum);
-  __threadfence();
-  if (atomicAdd(&proof.counters[0], 1u) + 1 < gridDim.y) {
-    return;
-  }
-  __threadfence();
-  const uint64_t whole =
-      finish_checksum(atomicExch(&proof.sum, 0ull), gridDim.y * BlockShape<kHeadDim>::kHeadPageBytes);
-  proof.counters[0] = 0;
-  count_mismatch(whole != args.checksums[page], static_cast<unsigned>(args.count), args.mismatches, proofs->counters);
-}
-
-// Copies of a block to its shared memory: by the copy engine where there is one, else by all threads.
-class BlockCopies {
- public:
-  static constexpr int kMost = 3;
-
-  // barriers (kMost): in shared memory. All threads of the block call, here and below.
-  __device__ explicit BlockCopies(uint64_t* barriers) : barriers_(shared_address(barriers)) {
-#ifdef VERICACHE_COPY_ENGINE
-    if (threadIdx.x == 0) {
-      for (uint32_t i = 0; i < kMost; ++i) {
-        barrier_init(barriers_ + i * 8);
-      }
-      barriers_ready();
-    }
-#endif
-  }
-  // bytes and both addresses: multiples of 16.
-  template <int kWhich>
-  __device__ void start(std::byte* target, const std::byte* source, uint32_t bytes) {
-    const uint32_t to = shared_address(target);
-#ifdef VERICACHE_COPY_ENGINE
-    started_[kWhich] = bytes > 0;
-    if (threadIdx.x == 0 && bytes > 0) {
-      copy_start(to, source, bytes, barriers_ + kWhich * 8);
-    }
-#else
-#pragma unroll 1
-    for (uint32_t at = threadIdx.x * 16; at < bytes; at += kThreads * 16) {
-      copy_lane(to + at, source + at);
-    }
-#endif
-  }
-  // They are there, and all that the threads wrote before.
-  __device__ void finish() {
-#ifdef VERICACHE_COPY_ENGINE
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < kMost; ++i) {
-      if (started_[i]) {
-        barrier_wait(barriers_ + static_cast<uint32_t>(i) * 8, 0);
-      }
-    }
-#else
-    copies_commit();
-    copies_wait<0>();
-    __syncthreads();
-#endif
-  }
-
- private:
-  uint32_t barriers_;
-  bool started_[kMost] = {};
 };
 
 // Where a group's fields stand in the table, in groups. What the lanes of a warp ask for at once are the groups 8 c +
@@ -404,8 +290,8 @@ __global__ void __launch_bounds__(kThreads, 4) decode_kernel(DecodeArgs args, De
   const int page = static_cast<int>(blockIdx.x);
   const int head = static_cast<int>(blockIdx.y);
   const KvFormat format = args.resident.format;
-  __shared__ uint64_t barriers[BlockCopies::kMost];
-  BlockCopies copies(barriers);
+  __shared__ uint64_t barriers[BlockCopies<kThreads>::kMost];
+  BlockCopies<kThreads> copies(barriers);
   const std::byte* packed = nullptr;
   std::byte* const keys = memory + Memory::kPackedAt;
   std::byte* const values = memory + plan.values_at;
