@@ -76,15 +76,16 @@ inline size_t finish_row(const std::byte* row, size_t bytes, const uint16_t* val
 // run(i) for the values that escape, in the order in which they stand.
 template <typename Run>
 void each_escape(const std::array<bool, kRowValues>& escaped, const Run& run) {
-  std::array<int, kRowValues / kLaneValues> next{};
-  for (int round = 0; round < kLaneValues; ++round) {
-    for (int lane = 0; lane < kRowValues / kLaneValues; ++lane) {
-      int& i = next[static_cast<size_t>(lane)];
-      while (i < kLaneValues && !escaped[static_cast<size_t>(lane * kLaneValues + i)]) {
+  constexpr size_t kOfLane = kLaneValues;
+  std::array<size_t, kRowValues / kLaneValues> next{};  // of each lane
+  for (size_t round = 0; round < kOfLane; ++round) {
+    for (size_t lane = 0; lane < next.size(); ++lane) {
+      size_t& i = next[lane];
+      while (i < kOfLane && !escaped[lane * kOfLane + i]) {
         ++i;
       }
-      if (i < kLaneValues) {
-        run(lane * kLaneValues + i++);
+      if (i < kOfLane) {
+        run(lane * kOfLane + i++);
       }
     }
   }
@@ -106,7 +107,7 @@ size_t encode_row(const uint16_t* values, const FieldOf& field_of, std::byte* ou
     escaped[static_cast<size_t>(i)] = coded.escapes;
   }
   std::byte* end = writer.pad(row.data(), 2);
-  each_escape(escaped, [&](int i) {
+  each_escape(escaped, [&](size_t i) {
     std::memcpy(end, values + i, sizeof(uint16_t));
     end += sizeof(uint16_t);
   });
@@ -131,7 +132,7 @@ void decode_row(const std::byte* row, size_t bytes, const FieldOf& field_of, uin
   }
   const size_t payload = std::min(bytes, static_cast<size_t>((bits + 15) / 16) * 2);
   BitReader rest(row + payload, row + bytes);
-  each_escape(escaped, [&](int i) { values[i] = static_cast<uint16_t>(rest.take(16)); });
+  each_escape(escaped, [&](size_t i) { values[i] = static_cast<uint16_t>(rest.take(16)); });
 }
 
 // The base that lets most values of a row be, the largest of them.

@@ -131,9 +131,9 @@ class RotatedBase {
     const int block = rotation_block(head_dim_);
     for (int i = 0; i < count; ++i) {
       const bool mixed = keys_ && i < head_dim_;
-      reach_.push_back(mixed
-                           ? rotated_reach(rotation_sum(&squares[static_cast<size_t>(i / block * block)], block), block)
-                           : rotated_reach(squares[static_cast<size_t>(i)], 1));
+      const int first = mixed ? i / block * block : i;
+      const int steps = mixed ? block : 1;
+      reach_.push_back(rotated_reach(rotation_sum(&squares[static_cast<size_t>(first)], steps), steps));
     }
     if (keys_) {
       rotate(groups.centres.data(), head_dim_);
