@@ -65,7 +65,7 @@ inline size_t residual_bound(const KvShape& shape) {
 // from `top` down, of one sign or of both. Coded is top - magnitude; what is not in there escapes: where a range is
 // likely as zero, else as all ones of kOpenBits bits, and no sign.
 inline constexpr int kOpenBits = 9;
-inline constexpr int kLikelyBits = 10;  // more: what is near zero escapes else, one of eight where the sign is open
+inline constexpr int kLikelyBits = 10;  // more: else much of what is near zero escapes
 struct ResidualField {
   uint32_t top = 0x7fff;
   int magnitude_bits = 0;    // kOpenBits at most, or kLikelyBits

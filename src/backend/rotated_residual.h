@@ -58,16 +58,9 @@ VERICACHE_BOTH constexpr float rotated_middle(int bits) {
 VERICACHE_BOTH inline float rotated_centre(float scale, float minimum, int bits) {
   return minimum + rotated_middle(bits) * scale;  // the product is exact
 }
-// Of rotation_scale() the power of two, by which a bf16 is scaled as it is, and the rest.
-VERICACHE_BOTH constexpr float rotated_power(int block) {
-  float power = 1.0f;
-  for (; block >= 4; block /= 4) {
-    power *= 0.5f;
-  }
-  return power;
-}
+// Of rotation_scale() what is left beside rotation_power(), by which a bf16 is scaled as it is.
 VERICACHE_BOTH constexpr float rotated_rest(int block) {
-  return rotation_scale(block) == rotated_power(block) ? 1.0f : 0.70703125f;  // the nearest bf16
+  return rotation_scale(block) == rotation_power(block) ? 1.0f : 0.70703125f;  // the nearest bf16
 }
 // What the rotation of equal values gives in the first dim of a block, of each.
 VERICACHE_BOTH constexpr float rotated_constant(int block) {
@@ -151,7 +144,7 @@ class RotatedBase {
     rotation_sums(x.data(), head_dim_, round);
     for (int dim = 0; dim < dims_; ++dim) {
       const auto i = static_cast<size_t>(dim);
-      x[i] = x[i] * (dim < head_dim_ ? rotated_power(block) : 1.0f) + round(groups.centres[i]);
+      x[i] = x[i] * (dim < head_dim_ ? rotation_power(block) : 1.0f) + round(groups.centres[i]);
     }
   }
   template <typename CodeLessMiddle>
@@ -162,7 +155,7 @@ class RotatedBase {
     }
     rotation_sums(x.data(), head_dim_, round);
     const float scale =
-        round(round(groups.scales[static_cast<size_t>(token)] * rotated_rest(block)) * rotated_power(block));
+        round(round(groups.scales[static_cast<size_t>(token)] * rotated_rest(block)) * rotation_power(block));
     const float centre = round(groups.centres[static_cast<size_t>(token)] * rotated_constant(block));
     for (int dim = 0; dim < dims_; ++dim) {
       float& value = x[static_cast<size_t>(dim)];

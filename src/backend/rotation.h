@@ -11,13 +11,18 @@ namespace vericache {
 VERICACHE_BOTH constexpr int rotation_block(int head_dim) {
   return head_dim & -head_dim;
 }
+// The smallest power of two that is not below rotation_scale().
+VERICACHE_BOTH constexpr float rotation_power(int block) {
+  float power = 1.0f;
+  for (; block >= 4; block /= 4) {
+    power *= 0.5f;
+  }
+  return power;
+}
 // What makes a Hadamard matrix of that many rows orthogonal, and its own inverse.
 VERICACHE_BOTH constexpr float rotation_scale(int block) {
-  float scale = 1.0f;
-  for (; block >= 4; block /= 4) {
-    scale *= 0.5f;
-  }
-  return block == 2 ? scale * 0.70710678f : scale;
+  const float power = rotation_power(block);
+  return power * power * static_cast<float>(block) == 1.0f ? power : power * 0.70710678f;
 }
 
 // The sums of a rotation alone, in place, each rounded by round(float): in the order of rising distance, on every

@@ -9,20 +9,11 @@
 namespace vericache::cuda {
 
 constexpr int kLanePairs = kLaneValues / 2;
-constexpr uint32_t kBothHalves = 0x00010001u;
-
-__device__ inline void words_of(const uint4& four, uint32_t (&words)[4]) {
-  words[0] = four.x;
-  words[1] = four.y;
-  words[2] = four.z;
-  words[3] = four.w;
-}
 
 // The codes of a lane of a row, less their middle: exact.
 template <int kHeadDim, bool kKeys, int kBits>
 __device__ inline void read_steps(const std::byte* part, const LanePlace& at, uint32_t (&pairs)[kLanePairs]) {
   constexpr KvPart kPart(kBits);
-  // As codes are read they are 128 more, the high halves of 8 bits 2048.
   const std::byte* codes = part + group_bytes(kPart, kHeadDim, kKeys ? kHeadDim : kPageTokens);
   if constexpr (chunked(kPart)) {
     const Run8 run = kKeys ? key_run(at.token, at.dim) : value_run(at.token, at.dim);
@@ -58,6 +49,7 @@ __device__ inline void read_steps(const std::byte* part, const LanePlace& at, ui
                             : select_or(word >> (4 * i), 0x000f000fu, kBits == 8 ? kHighExponent : kLowExponent);
     }
     if constexpr (kBits == 8) {
+      // As they are read the high halves are 2048 more, the low ones 128; the middle is 128.
       uint32_t low[4];
       unpack4(words[plane_bytes(4, kHeadDim) / 4], kLowExponent, low);
 #pragma unroll
@@ -66,9 +58,11 @@ __device__ inline void read_steps(const std::byte* part, const LanePlace& at, ui
       }
     }
   }
+  // As they are read other codes are 128 more.
 #pragma unroll
   for (int i = 0; i < kLanePairs && kBits < 8; ++i) {
     pairs[i] = add_pairs(pairs[i], 0xc300c300u + (1u << (kBits - 1)) * kBothHalves);
   }
 }
+
 }  // namespace vericache::cuda

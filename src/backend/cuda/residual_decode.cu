@@ -162,8 +162,8 @@ __device__ __forceinline__ void affine_intervals(const std::byte* part, const La
   const auto* affine = reinterpret_cast<const uint16_t*>(part) + (kKeys ? at.dim : at.token);
   uint32_t scales[kLanePairs];
   uint32_t minima[kLanePairs];
-  words_of(*reinterpret_cast<const uint4*>(affine), scales);
-  words_of(*reinterpret_cast<const uint4*>(affine + kGroups), minima);
+  read16(reinterpret_cast<const std::byte*>(affine), scales);
+  read16(reinterpret_cast<const std::byte*>(affine + kGroups), minima);
   const auto interval = [](float step, float scale, float minimum) {
     return Interval{fmaf(step + (kMiddle - 0.5f), scale, minimum), fmaf(step + (kMiddle + 0.5f), scale, minimum)};
   };

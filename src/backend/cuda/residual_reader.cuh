@@ -66,14 +66,13 @@ __device__ inline void join_fields(uint32_t tops, uint32_t either, uint32_t twic
 }
 // interval_field() of two intervals, in the halves of words as far as they allow, without a branch.
 __device__ inline void pack_intervals(const Interval& a, const Interval& b, uint32_t& first, uint32_t& second) {
-  constexpr uint32_t kBoth = 0x00010001u;
   const uint32_t lows = residual_round(a.low, b.low);
   const uint32_t highs = residual_round(a.high, b.high);
   const uint32_t either = fill_halves(lows ^ highs);
-  const uint32_t top = __vmaxu2(lows & 0x7fff7fffu, highs & 0x7fff7fffu);
-  const uint32_t bottom = __vminu2(lows & 0x7fff7fffu, highs & 0x7fff7fffu) & ~either;
-  const uint32_t twice = __vminu2((top - bottom) * 2 + kBoth, ((2u << kOpenBits) - 1) * kBoth);
-  join_fields<0>(top + ((lows | highs) & 0x80008000u), either, twice, first, second);
+  const uint32_t top = __vmaxu2(lows & kBothMagnitudes, highs & kBothMagnitudes);
+  const uint32_t bottom = __vminu2(lows & kBothMagnitudes, highs & kBothMagnitudes) & ~either;
+  const uint32_t twice = __vminu2((top - bottom) * 2 + kBothHalves, ((2u << kOpenBits) - 1) * kBothHalves);
+  join_fields<0>(top + ((lows | highs) & kBothSigns), either, twice, first, second);
 }
 
 // As many ones as the low five bits of `count` say.
@@ -155,7 +154,7 @@ struct OpenEscapes {
   static constexpr int32_t kMost = -(((1 << (kOpenBits + 1)) - 2) << 15);
   __device__ static int32_t key(uint32_t taken, int index) { return static_cast<int32_t>(taken) + index; }
   __device__ static bool escapes(int32_t key) { return key < kMost + kLaneValues; }
-  // The smallest key, as it is found: less instructions where what is taken is added.
+  // The smallest key, as it is found: fewer instructions where what is taken is added.
   static constexpr int32_t kNone = INT32_MAX;
   __device__ static int32_t nearer(int32_t found, uint32_t taken, int index) { return min(found, key(taken, index)); }
   __device__ static int32_t key_of(int32_t found) { return found; }

@@ -10,9 +10,8 @@
 namespace vericache::cuda {
 
 constexpr int kOctets = kPageTokens / kLaneValues;
-constexpr uint32_t kBothSigns = 0x80008000u;
 
-// The bits of a bf16 that a float is.
+// A float that is a bf16, in both halves.
 __device__ inline uint32_t pair_of(float x) {
   return (__float_as_uint(x) >> 16) * kBothHalves;
 }
@@ -80,7 +79,7 @@ struct RotatedGroups {
     const float centre =
         rotated_centre(step, first_of_pair(groups[kPageTokens + token]), bits) * rotated_constant(kBlock);
     const uint32_t rest = pair_of(rotated_rest(kBlock));
-    const uint32_t power = pair_of(rotated_power(kBlock));
+    const uint32_t power = pair_of(rotation_power(kBlock));
     value_scales[token] = static_cast<uint16_t>(multiply_pairs(multiply_pairs(scale, rest), power));
     value_centres[token] = static_cast<uint16_t>(pack_pair(centre, 0.0f));
     value_above[token] = static_cast<uint16_t>(reach.above);
@@ -94,9 +93,10 @@ struct RotatedGroups {
 
 // Eight bf16 in shared memory; first: a multiple of 8.
 __device__ inline void read_eight(const uint16_t* shared, int first, uint32_t (&pairs)[kLanePairs]) {
-  words_of(*reinterpret_cast<const uint4*>(shared + first), pairs);
+  read16(reinterpret_cast<const std::byte*>(shared + first), pairs);
 }
 
+// The steps of the tokens 8 octet .. + 7, laid out as the bases below.
 template <int kHeadDim, bool kKeys>
 __device__ inline void read_rows_of_steps(int bits, const std::byte* part, int octet, int lane,
                                           uint32_t (&x)[kHeadDim / 32][kLanePairs]) {
@@ -139,7 +139,7 @@ __device__ void key_bases(int bits, const std::byte* packed, const RotatedGroups
     }
   }
   sum_eight<kHeadDim>(bases);
-  const uint32_t power = pair_of(rotated_power(rotation_block(kHeadDim)));
+  const uint32_t power = pair_of(rotation_power(rotation_block(kHeadDim)));
 #pragma unroll
   for (int j = 0; j < kHeadDim / 32; ++j) {
     uint32_t centres[kLanePairs];

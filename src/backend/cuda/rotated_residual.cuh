@@ -48,7 +48,7 @@ struct RotatedBases {
 __device__ inline void pack_rotated_fields(uint32_t bases, uint32_t above, uint32_t below, uint32_t& first,
                                            uint32_t& second) {
   constexpr uint32_t kMost = ((1u << kLikelyBits) - 1) * kBothHalves;
-  const uint32_t distance = bases & 0x7fff7fffu;
+  const uint32_t distance = bases & kBothMagnitudes;
   const uint32_t high = add_pairs(distance, above);
   const uint32_t low = add_pairs(distance, below);
   const uint32_t either = fill_halves(low);
@@ -124,10 +124,10 @@ __device__ void decode_rotated(const BlockReader& block, const KvPart& format, c
         const int row = octet + r * (kHeadDim / 8);
         const int token = 32 * r + 8 * (lane % 4);
         at[r] = kFirst + row;
-        uint32_t bases[kLanePairs];
+        const uint4& own = values.of(row, lane);
+        const uint32_t bases[kLanePairs] = {own.x, own.y, own.z, own.w};
         uint32_t above[kLanePairs];
         uint32_t below[kLanePairs];
-        words_of(values.of(row, lane), bases);
         read_eight(groups.value_above, token, above);
         read_eight(groups.value_below, token, below);
         pack_rotated_row(bases, above, below, fields[r]);

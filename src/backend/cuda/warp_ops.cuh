@@ -59,6 +59,10 @@ __device__ inline float exp2_approx(float x) {
   return out;
 }
 
+constexpr uint32_t kBothHalves = 0x00010001u;
+constexpr uint32_t kBothSigns = 0x80008000u;  // of two bf16
+constexpr uint32_t kBothMagnitudes = ~kBothSigns;
+
 // Two floats rounded to bf16, `first` in the low half.
 __device__ inline uint32_t pack_pair(float first, float second) {
   uint32_t out;
@@ -72,7 +76,7 @@ __device__ inline uint32_t multiply_add_pairs(uint32_t a, uint32_t b, uint32_t c
   return out;
 }
 __device__ inline uint32_t multiply_pairs(uint32_t a, uint32_t b) {
-  return multiply_add_pairs(a, b, 0x80008000u);
+  return multiply_add_pairs(a, b, kBothSigns);
 }
 __device__ inline uint32_t add_pairs(uint32_t a, uint32_t b) {
   return multiply_add_pairs(a, 0x3f803f80u, b);
