@@ -174,8 +174,10 @@ void bench_attention(const KvFormat& format, int batch) {
   const Array<SequenceRows> staged(rows);
   const Store q({}, head_pages, 3);  // random bf16, more than enough
   const Array<bf16> out(static_cast<size_t>(batch * kHeads * kShape.head_dim));
-  const Array<std::byte> scratch(draft_attention_scratch_bytes(
-      {.shape = kShape, .heads = kHeads, .max_rows = batch, .max_sequences = batch, .max_context_tokens = 1 << 16}));
+  const Limits limits{
+      .shape = kShape, .heads = kHeads, .max_rows = batch, .max_sequences = batch, .max_context_tokens = 1 << 16};
+  const Array<std::byte> scratch(draft_attention_scratch_bytes(limits));
+  const Array<int> counts(std::vector<int>(draft_attention_counts(limits)));
   const StagedPass pass{.rows = batch, .count = batch, .draft = true, .sequences = staged.data()};
   AttentionArgs args{.shape = kShape, .heads = kHeads, .scale = 0.0883883f};
   args.q = reinterpret_cast<const bf16*>(q.memory.data());
@@ -184,7 +186,7 @@ void bench_attention(const KvFormat& format, int batch) {
   const double us = median_us(std::max(layers, 32), [&](int i) {
     args.layer = i % layers;
     draft_attention(args, format, pass, kPages * kPageTokens + kTailTokens, read_pages * kPageTokens + kTailTokens,
-                    reinterpret_cast<float*>(scratch.data()), nullptr);
+                    reinterpret_cast<float*>(scratch.data()), counts.data(), nullptr);
   });
   const size_t bounds = format.choice.bounded ? kPages * key_bounds_bytes(kShape) : 0;
   const size_t read_bytes = head_pages * (bounds + static_cast<size_t>(read_pages) * key_bounds_offset(format, kShape));

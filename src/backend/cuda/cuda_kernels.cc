@@ -49,19 +49,23 @@ struct PassLane {
         product(stream),
         attention_scratch(exact ? attention_scratch_bytes(limits) : 0, "the partial results of attention"),
         draft_scratch(draft_attention_scratch_bytes(limits), "the partial results of draft attention"),
+        draft_counts(draft_attention_counts(limits) * sizeof(int), "the counters of draft attention"),
         proofs((2 + static_cast<size_t>(limits.max_context_tokens / kPageTokens)) * sizeof(PageProof), "proofs") {
-    check_cuda(cudaMemset(proofs.as<void>(), 0, proofs.bytes()), "zeroing the counters of proofs");
+    for (const DeviceMemory* counters : {&draft_counts, &proofs}) {
+      check_cuda(cudaMemset(counters->as<void>(), 0, counters->bytes()), "zeroing counters");
+    }
   }
 
   size_t device_bytes() const {
     return stage.device_bytes() + product.device_bytes() + attention_scratch.bytes() + draft_scratch.bytes() +
-           proofs.bytes();
+           draft_counts.bytes() + proofs.bytes();
   }
 
   PassStage stage;
   ProductLane product;
   DeviceMemory attention_scratch;
   DeviceMemory draft_scratch;
+  DeviceMemory draft_counts;
   DeviceMemory proofs;
   DraftGraphs graphs;
 };
@@ -300,7 +304,7 @@ void CudaKernels::attention(const AttentionArgs& args) {
   const PassStage& stage = passes_->stage;
   if (pass.draft) {
     cuda::draft_attention(args, stage.format(), pass, stage.longest_tokens(), stage.read_tokens(),
-                          passes_->draft_scratch.as<float>(), stream());
+                          passes_->draft_scratch.as<float>(), passes_->draft_counts.as<int>(), stream());
   } else {
     cuda::attention(args, pass, stage.plan(), stage.tiles(), stage.combine(), passes_->attention_scratch.as<float>(),
                     stream());

@@ -1,6 +1,6 @@
 // Attention of draft rows, one a sequence, over resident KV as it is stored, then the bf16 tail.
 // A block takes one split of one KV head's pages and up to 8 of the query heads that share them; its warps take pages
-// in turn and join their sums. A second kernel folds the splits.
+// in turn and join their sums. The block that is done last folds the splits, in their order.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -24,23 +24,23 @@ constexpr float kLn2 = 0.693147181f;
 constexpr int kSlots = 132 * kBlocksPerMultiprocessor;
 constexpr int kWaves = 4;          // of blocks, when there is much to do: long and short sequences even out
 constexpr int kOneWavePages = 64;  // of a slot; less is done in one wave, so that no second one waits for memory
-constexpr int kMaxSplits = kWaves * kSlots + 2;
 
 __host__ __device__ constexpr int ceil_div(int a, int b) {
   return (a + b - 1) / b;
 }
 
-// How the pages of past and those of the tail are cut: each into splits of `pages`, `count` of them at most together.
-struct Cut {
-  int pages = 0;
-  int count = 0;
+// Splits of a pair (sequence, tile of heads): as many for its past as fill the slots, and one for its tail, which may
+// take more of them.
+struct SplitLimits {
+  int past = 1;
+  int tail_pages = kWarps;  // of a split of the tail, which is bf16: no more bytes than a split of past
+  __host__ __device__ constexpr int all() const { return past + 1; }
 };
-Cut cut_pages(int pairs, int longest_tokens) {
+SplitLimits limit_splits(int pairs, int longest_tokens, const KvFormat& format) {
   const int pages = ceil_div(longest_tokens, kPageTokens) + 1;  // past and tail may both end within a page
-  const int per_slot = ceil_div(pages * pairs, kSlots);
-  const int wanted = per_slot <= kOneWavePages ? per_slot : ceil_div(pages * pairs, kWaves * kSlots);
-  const int split = ceil_div(wanted, kWarps) * kWarps;
-  return {split, (pages + 2 * (split - 1)) / split};
+  const bool one_wave = ceil_div(pages * pairs, kSlots) <= kOneWavePages;
+  const int splits = one_wave ? std::max(1, kSlots / pairs) : ceil_div(kWaves * kSlots, pairs);
+  return {splits, std::max(kWarps, ceil_div(pages * (format.key_bits + format.value_bits), 2 * 16 * splits))};
 }
 
 int head_tiles(int group) {
@@ -57,12 +57,13 @@ struct DraftArgs {
   KvFormat format{};
   Pieces keys{};  // of past
   Pieces values{};
-  Cut cut{};
+  SplitLimits splits{};
   std::byte* const* chosen =
       nullptr;  // (sequences, KV heads, chosen_stride): the pages of past that are read; null: all
   const int* chosen_tokens = nullptr;  // (sequences, KV heads): that they hold
   int chosen_stride = 0;
   int kv_heads = 0;
+  int* done = nullptr;        // (sequences, tiles of heads): splits that are
   float* partials = nullptr;  // (sequences, heads, splits, head_dim)
   float2* tops = nullptr;     // (sequences, heads, splits): maximum of the scores in powers of two, sum of weights
   bf16* out = nullptr;
@@ -100,19 +101,35 @@ __device__ inline int tail_tokens(const SequenceRows& sequence) {
   return sequence.position + 1 - sequence.kv.tail_position;
 }
 
-// The splits of past come first, then those of the tail; a run behind them is empty.
-__device__ inline Run find_run(const DraftArgs& args, int index, int head, int split) {
+// How a pair is cut, evenly: the splits of past come first, then those of the tail.
+struct Cut {
+  int past_pages = 0;  // of a split
+  int tail_pages = 0;
+  int past_splits = 0;
+  int splits = 0;
+};
+__device__ inline Cut cut_pages(const SplitLimits& limits, int past_tokens, int tail_tokens) {
+  const int past = pages_of(past_tokens);
+  const int tail = pages_of(tail_tokens);
+  const int tail_splits = min(limits.past, ceil_div(tail, limits.tail_pages));
+  const int past_splits = max(1, min(limits.past + 1 - tail_splits, ceil_div(past, kWarps)));
+  Cut cut{.past_pages = max(1, ceil_div(past, past_splits)), .tail_pages = ceil_div(tail, tail_splits)};
+  cut.past_splits = ceil_div(past, cut.past_pages);
+  cut.splits = cut.past_splits + ceil_div(tail, cut.tail_pages);
+  return cut;
+}
+
+// A run behind the last split is empty.
+__device__ inline Run find_run(const DraftArgs& args, const Cut& cut, int index, int head, int split) {
   const SequenceRows& sequence = args.sequences[index];
-  const int split_pages = args.cut.pages;
-  const int past = past_tokens(args, index, head);
-  const int past_splits = ceil_div(pages_of(past), split_pages);
-  const bool tail = split >= past_splits;
-  const int tokens = tail ? tail_tokens(sequence) : past;
-  const int first = (tail ? split - past_splits : split) * split_pages;
+  const bool tail = split >= cut.past_splits;
+  const int tokens = tail ? tail_tokens(sequence) : past_tokens(args, index, head);
+  const int pages = tail ? cut.tail_pages : cut.past_pages;
+  const int first = (tail ? split - cut.past_splits : split) * pages;
   const KvView& tail_view = sequence.kv.tail;
   return {tail ? tail_view.head_pages + static_cast<ptrdiff_t>(head) * tail_view.page_stride
                : past_pages(args, index, head),
-          first, min(pages_of(tokens), first + split_pages), tokens, tail};
+          first, min(pages_of(tokens), first + pages), tokens, tail};
 }
 
 template <int kHeadDim, bool kChunked>
@@ -143,7 +160,7 @@ __device__ void join_warps(const DraftArgs& args, const std::byte* shared, int f
       sum = fmaf(of_warp[kTileHeads * (Warp::kRowFloats + 1) + head], weight, sum);
     }
     const size_t partial =
-        (static_cast<size_t>(blockIdx.y) * args.heads + first_head + head) * args.cut.count + blockIdx.z;
+        (static_cast<size_t>(blockIdx.y) * args.heads + first_head + head) * args.splits.all() + blockIdx.z;
     args.partials[partial * kHeadDim + dim] = out;
     if (dim == 0) {
       args.tops[partial] = make_float2(top, sum);
@@ -151,12 +168,80 @@ __device__ void join_warps(const DraftArgs& args, const std::byte* shared, int f
   }
 }
 
-// Grid (head tiles, sequences, splits): a sequence's last splits, which are short, are begun last, and fill up.
+__device__ inline float4 add(const float4& a, const float4& b) {
+  return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+}
+
+// The splits of a query head of a sequence become a row of the output; by one warp.
+template <int kHeadDim>
+__device__ void fold_splits(const DraftArgs& args, const Cut& cut, int head) {
+  constexpr int kLanes = kHeadDim / 4;  // four dims each
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const size_t first = (static_cast<size_t>(blockIdx.y) * args.heads + head) * args.splits.all();
+  const float2* tops = args.tops + first;
+  float top = -kInfinity;
+  for (int i = lane; i < cut.splits; i += 32) {
+    top = fmaxf(top, __ldcg(tops + i).x);
+  }
+#pragma unroll
+  for (int reach = 16; reach > 0; reach /= 2) {
+    top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, reach));
+  }
+  if (lane >= kLanes) {
+    return;
+  }
+  float sum = 0;
+  const auto sum_of = [&](int begin, int end) {
+    const auto* partials = reinterpret_cast<const float4*>(args.partials) + first * kLanes + lane;
+    float4 out = make_float4(0, 0, 0, 0);
+#pragma unroll 8
+    for (int i = begin; i < end; ++i) {
+      const float2 split_top = __ldcg(tops + i);
+      const float4 split = __ldcg(partials + static_cast<size_t>(i) * kLanes);
+      const float weight = exp2_approx(split_top.x - top);
+      sum = fmaf(split_top.y, weight, sum);
+      out = make_float4(fmaf(split.x, weight, out.x), fmaf(split.y, weight, out.y), fmaf(split.z, weight, out.z),
+                        fmaf(split.w, weight, out.w));
+    }
+    return out;
+  };
+  const float4 past = sum_of(0, cut.past_splits);
+  const float4 tail = sum_of(cut.past_splits, cut.splits);
+  const float4 out = add(args.format.rotated ? rotate_sums<kHeadDim>(past) : past, tail);
+  const size_t row = static_cast<size_t>(args.sequences[blockIdx.y].first_row) * args.heads + head;
+  const float inverse = 1.0f / sum;
+  reinterpret_cast<uint2*>(args.out + row * kHeadDim)[lane] =
+      make_uint2(pack_pair(out.x * inverse, out.y * inverse), pack_pair(out.z * inverse, out.w * inverse));
+  if (lane == 0 && args.log_sum_exp != nullptr) {
+    args.log_sum_exp[row] = (top + log2f(sum)) * kLn2;
+  }
+}
+
+// Counts the splits of this block's pair that are done; true in the block of the last one, to which the partial results
+// of all are there. The count is zero again then.
+__device__ inline bool last_of_pair(const DraftArgs& args, int splits) {
+  __shared__ bool last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    int* done = args.done + static_cast<ptrdiff_t>(blockIdx.y) * gridDim.x + blockIdx.x;
+    last = atomicAdd(done, 1) == splits - 1;
+    if (last) {
+      *done = 0;
+    }
+    __threadfence();
+  }
+  __syncthreads();
+  return last;
+}
+
+// Grid (head tiles, sequences, splits): what little does not fit one wave is the tails, which are short.
 template <int kHeadDim, bool kChunked>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) draft_attention_kernel(DraftArgs args) {
   using Ring = typename DraftWarp<kHeadDim, kChunked>::Ring;
   extern __shared__ __align__(128) std::byte shared[];
-  const SequenceRows& sequence = args.sequences[blockIdx.y];
+  const auto index = static_cast<int>(blockIdx.y);
+  const SequenceRows& sequence = args.sequences[index];
   const int kv_head = static_cast<int>(blockIdx.x) / args.head_tiles;
   const int first_of_group = static_cast<int>(blockIdx.x) % args.head_tiles * kTileHeads;
   const int first_head = kv_head * args.group + first_of_group;
@@ -167,7 +252,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) draft_atte
   if (args.chosen != nullptr) {
     await_kernels_before();
   }
-  const Run run = find_run(args, static_cast<int>(blockIdx.y), kv_head, static_cast<int>(blockIdx.z));
+  const Cut cut = cut_pages(args.splits, past_tokens(args, index, kv_head), tail_tokens(sequence));
+  const Run run = find_run(args, cut, index, kv_head, static_cast<int>(blockIdx.z));
   if (run.first >= run.last) {
     return;
   }
@@ -193,104 +279,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) draft_atte
   warp.store(reinterpret_cast<float*>(memory));
   __syncthreads();
   join_warps<kHeadDim, kChunked>(args, shared, first_head, heads);
-}
-
-constexpr int kFoldThreads = 256;
-
-// Over the block, in a fixed order; the result in every thread.
-template <typename Join>
-__device__ float reduce_block(float value, float* of_warps, const Join& join) {
-  for (int reach = 16; reach > 0; reach /= 2) {
-    value = join(value, __shfl_xor_sync(kAllLanes, value, reach));
-  }
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) {
-    of_warps[threadIdx.x / 32] = value;
-  }
-  __syncthreads();
-  value = of_warps[0];
-  for (int warp = 1; warp < kFoldThreads / 32; ++warp) {
-    value = join(value, of_warps[warp]);
-  }
-  return value;
-}
-
-__device__ inline float4 add(const float4& a, const float4& b) {
-  return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
-}
-
-// One block a query head of a sequence: the splits that had work become one row of the output.
-template <int kHeadDim>
-__global__ void __launch_bounds__(kFoldThreads) fold_splits_kernel(DraftArgs args) {
-  constexpr int kLanes = kHeadDim / 4;  // that share a split, four dims each
-  constexpr int kAbreast = kFoldThreads / kLanes;
-  __shared__ float weights[kMaxSplits];
-  __shared__ float of_warps[kFoldThreads / 32];
-  __shared__ float4 sums[kAbreast][kLanes];
-  await_kernels_before();
-  const SequenceRows& sequence = args.sequences[blockIdx.y];
-  const int head = static_cast<int>(blockIdx.x);
-  const int kv_head = head / args.group;
-  const int past_splits = ceil_div(pages_of(past_tokens(args, static_cast<int>(blockIdx.y), kv_head)), args.cut.pages);
-  const int splits = past_splits + ceil_div(pages_of(tail_tokens(sequence)), args.cut.pages);
-  if (splits > args.cut.count) {
-    __trap();  // a sequence longer than the caller said
-  }
-  const size_t first = (static_cast<size_t>(blockIdx.y) * args.heads + head) * args.cut.count;
-  const int thread = static_cast<int>(threadIdx.x);
-
-  float top = -kInfinity;
-  for (int i = thread; i < splits; i += kFoldThreads) {
-    top = fmaxf(top, args.tops[first + i].x);
-  }
-  top = reduce_block(top, of_warps, [](float a, float b) { return fmaxf(a, b); });
-  float sum = 0;
-  for (int i = thread; i < splits; i += kFoldThreads) {
-    const float2 split = args.tops[first + i];
-    weights[i] = exp2_approx(split.x - top);
-    sum = fmaf(split.y, weights[i], sum);
-  }
-  sum = reduce_block(sum, of_warps, [](float a, float b) { return a + b; });
-
-  // Of the splits [begin, end), in the first kLanes threads.
-  const int lane = thread % kLanes;
-  const auto sum_of = [&](int begin, int end) {
-    if (thread < kAbreast * kLanes) {
-      const auto* partials = reinterpret_cast<const float4*>(args.partials) + first * kLanes + lane;
-      float4 out = make_float4(0, 0, 0, 0);
-#pragma unroll 4
-      for (int i = begin + thread / kLanes; i < end; i += kAbreast) {
-        const float4 split = partials[static_cast<size_t>(i) * kLanes];
-        const float weight = weights[i];
-        out = make_float4(fmaf(split.x, weight, out.x), fmaf(split.y, weight, out.y), fmaf(split.z, weight, out.z),
-                          fmaf(split.w, weight, out.w));
-      }
-      sums[thread / kLanes][lane] = out;
+  if (last_of_pair(args, cut.splits)) {
+    for (int head = warp_index; head < heads; head += kWarps) {
+      fold_splits<kHeadDim>(args, cut, first_head + head);
     }
-    __syncthreads();
-    float4 out = sums[0][lane];
-    for (int i = 1; thread < kLanes && i < kAbreast; ++i) {
-      out = add(out, sums[i][lane]);
-    }
-    __syncthreads();
-    return out;
-  };
-  float4 turned = make_float4(0, 0, 0, 0);  // what rotated pages gave
-  if (args.format.rotated) {
-    turned = sum_of(0, past_splits);
-    if (thread < kLanes) {
-      turned = rotate_sums<kHeadDim>(turned);
-    }
-  }
-  const float4 out = add(sum_of(args.format.rotated ? past_splits : 0, splits), turned);
-  const size_t row = static_cast<size_t>(sequence.first_row);
-  if (thread < kLanes) {
-    const float inverse = 1.0f / sum;
-    const uint2 pairs = {pack_pair(out.x * inverse, out.y * inverse), pack_pair(out.z * inverse, out.w * inverse)};
-    reinterpret_cast<uint2*>(args.out + (row * args.heads + head) * kHeadDim)[lane] = pairs;
-  }
-  if (thread == 0 && args.log_sum_exp != nullptr) {
-    args.log_sum_exp[row * args.heads + head] = (top + log2f(sum)) * kLn2;
   }
 }
 
@@ -309,15 +301,12 @@ void launch_splits(const DraftArgs& args, dim3 blocks, cudaStream_t stream) {
 template <int kHeadDim>
 void launch(const DraftArgs& args, int kv_heads, int sequences, cudaStream_t stream) {
   const dim3 blocks(static_cast<unsigned>(kv_heads * args.head_tiles), static_cast<unsigned>(sequences),
-                    static_cast<unsigned>(args.cut.count));
+                    static_cast<unsigned>(args.splits.all()));
   if (chunked(args.format.key()) || chunked(args.format.value())) {
     launch_splits<kHeadDim, true>(args, blocks, stream);
   } else {
     launch_splits<kHeadDim, false>(args, blocks, stream);
   }
-  const dim3 rows(static_cast<unsigned>(args.heads), static_cast<unsigned>(sequences));
-  launch_behind(fold_splits_kernel<kHeadDim>, "draft attention, folding of splits", rows, kFoldThreads, 0, stream,
-                args);
 }
 
 // What lies behind the partial results where pages are chosen, for `pairs` (sequence, KV head).
@@ -346,20 +335,24 @@ size_t partial_floats(size_t partials, int head_dim) {
 
 }  // namespace
 
-// Partial results of `pairs` (sequence, KV head, tile) are at most kWaves * kSlots + 2 pairs, of up to 8 heads each:
-// cut_pages() makes a split at least pages * pairs / (kWaves * kSlots) long, and two splits may be short.
+// Partial results of `pairs` (sequence, tile of heads) are at most those of kWaves * kSlots + 2 pairs splits, of up to
+// 8 heads each, as limit_splits() rounds up to one of past and adds one.
 size_t draft_attention_scratch_bytes(const Limits& limits) {
   const int group = limits.heads / limits.shape.kv_heads;
-  const size_t tiles = static_cast<size_t>(limits.shape.kv_heads) * static_cast<size_t>(head_tiles(group));
-  const size_t pairs = static_cast<size_t>(limits.max_sequences) * tiles;
+  const size_t pairs = draft_attention_counts(limits);
   const size_t partials = (size_t{kWaves} * kSlots + 2 * pairs) * static_cast<size_t>(std::min(group, kTileHeads));
   const size_t heads = static_cast<size_t>(limits.max_sequences) * static_cast<size_t>(limits.shape.kv_heads);
   return partial_floats(partials, limits.shape.head_dim) * sizeof(float) +
          choice_bytes(heads, choice_stride(limits.max_context_tokens));
 }
 
+size_t draft_attention_counts(const Limits& limits) {
+  return static_cast<size_t>(limits.max_sequences) * static_cast<size_t>(limits.shape.kv_heads) *
+         static_cast<size_t>(head_tiles(limits.heads / limits.shape.kv_heads));
+}
+
 void draft_attention(const AttentionArgs& args, const KvFormat& format, const StagedPass& pass, int longest_tokens,
-                     int read_tokens, float* scratch, cudaStream_t stream) {
+                     int read_tokens, float* scratch, int* counts, cudaStream_t stream) {
   const KvShape& shape = args.shape;
   const int head_dim = shape.head_dim;
   check(pass.rows == pass.count, "a draft pass has one row a sequence");
@@ -380,8 +373,10 @@ void draft_attention(const AttentionArgs& args, const KvFormat& format, const St
                   .log_sum_exp = args.log_sum_exp};
   draft.head_tiles = head_tiles(draft.group);
   const bool chooses = format.choice.in_layer(args.layer);
-  draft.cut = cut_pages(pass.count * shape.kv_heads * draft.head_tiles, chooses ? read_tokens : longest_tokens);
-  const size_t partials = static_cast<size_t>(pass.count) * static_cast<size_t>(args.heads * draft.cut.count);
+  draft.splits =
+      limit_splits(pass.count * shape.kv_heads * draft.head_tiles, chooses ? read_tokens : longest_tokens, format);
+  const size_t partials = static_cast<size_t>(pass.count) * static_cast<size_t>(args.heads * draft.splits.all());
+  draft.done = counts;
   draft.partials = scratch;
   draft.tops = reinterpret_cast<float2*>(scratch + partials * static_cast<size_t>(head_dim));
   if (chooses) {

@@ -52,7 +52,8 @@ class DraftWarp {
   }
 
   // The next page of the ring, of which `visible` tokens count.
-  __device__ void add_page(Ring& ring, const KvPart& keys, const KvPart& values, int visible, float scale_log2) {
+  __device__ __forceinline__ void add_page(Ring& ring, const KvPart& keys, const KvPart& values, int visible,
+                                           float scale_log2) {
     float scores[4][4] = {};
     if (keys.bits == 16) {
       score_exact(ring, scores);

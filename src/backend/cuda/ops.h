@@ -98,8 +98,9 @@ void choose_pages(const PageChoiceArgs& args, cudaStream_t stream);
 // The launch depends on rows, on `longest_tokens` (of past and tail together, rounded up by the caller) and, where
 // pages are chosen, on `read_tokens` (the same of what is read) alone, so that it can be captured.
 size_t draft_attention_scratch_bytes(const Limits& limits);
+size_t draft_attention_counts(const Limits& limits);  // counters, zero before the first launch and behind each
 void draft_attention(const AttentionArgs& args, const KvFormat& format, const StagedPass& pass, int longest_tokens,
-                     int read_tokens, float* scratch, cudaStream_t stream);
+                     int read_tokens, float* scratch, int* counts, cudaStream_t stream);
 
 // quantize.cu
 void quantize(const QuantizeArgs& args, cudaStream_t stream);

@@ -2,6 +2,7 @@
 // stand for.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <numeric>
 
@@ -171,14 +172,17 @@ Outcome run(const KvShape& shape, const KvFormat& format, int heads, float scale
   const DeviceArray<bf16> device_q(q);
   const DeviceArray<bf16> out(at(count, heads * shape.head_dim));
   const DeviceArray<float> log_sum_exp(at(count, heads));
-  const size_t scratch_bytes = cuda::draft_attention_scratch_bytes(
-      {.shape = shape, .heads = heads, .max_rows = 64, .max_sequences = 64, .max_context_tokens = longest_tokens});
-  const DeviceArray<float> scratch(scratch_bytes / sizeof(float));
+  const cuda::Limits limits{
+      .shape = shape, .heads = heads, .max_rows = 64, .max_sequences = 64, .max_context_tokens = longest_tokens};
+  const DeviceArray<float> scratch(cuda::draft_attention_scratch_bytes(limits) / sizeof(float));
+  const DeviceArray<int> counts(std::vector<int>(cuda::draft_attention_counts(limits)));
   AttentionArgs args{.shape = shape, .heads = heads, .scale = scale, .q = device_q.data(), .layer = 1};
   args.out = out.data();
   args.log_sum_exp = log_sum_exp.data();
-  cuda::draft_attention(args, format, pass, longest_tokens, 0, scratch.data(), nullptr);
+  cuda::draft_attention(args, format, pass, longest_tokens, 0, scratch.data(), counts.data(), nullptr);
   finish();
+  const std::vector<int> counted = counts.read();
+  EXPECT_EQ(std::count(counted.begin(), counted.end(), 0), static_cast<ptrdiff_t>(counted.size()));
   return {out.read(), log_sum_exp.read()};
 }
 

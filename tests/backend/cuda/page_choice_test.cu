@@ -150,15 +150,14 @@ class Step {
     const cuda::StagedPass pass{.rows = count, .count = count, .draft = true, .sequences = staged.data()};
     const DeviceArray<bf16> q(as_bf16(q_, shape_.head_dim, shape_.head_dim));
     const DeviceArray<bf16> out(at(count, heads_ * shape_.head_dim));
-    const DeviceArray<std::byte> scratch(cuda::draft_attention_scratch_bytes({.shape = shape_,
-                                                                              .heads = heads_,
-                                                                              .max_rows = count,
-                                                                              .max_sequences = count,
-                                                                              .max_context_tokens = longest()}));
+    const cuda::Limits limits{
+        .shape = shape_, .heads = heads_, .max_rows = count, .max_sequences = count, .max_context_tokens = longest()};
+    const DeviceArray<std::byte> scratch(cuda::draft_attention_scratch_bytes(limits));
+    const DeviceArray<int> counts(std::vector<int>(cuda::draft_attention_counts(limits)));
     AttentionArgs args{.shape = shape_, .heads = heads_, .scale = 0.11f, .q = q.data(), .layer = layer};
     args.out = out.data();
     cuda::draft_attention(args, format, pass, format.choice.in_layer(layer) ? longest() : read_tokens, read_tokens,
-                          reinterpret_cast<float*>(scratch.data()), nullptr);
+                          reinterpret_cast<float*>(scratch.data()), counts.data(), nullptr);
     finish();
     return out.read();
   }
