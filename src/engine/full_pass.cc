@@ -40,7 +40,7 @@ FullPass::FullPass(const Transformer& model, Compressor* compressor, Wire* wire,
 bool FullPass::members_ready() const {
   return std::all_of(members_.begin(), members_.end(), [](const FullPassMember& member) {
     const Sequence& s = *member.sequence;
-    return !member.decides || s.cancelled || s.backlog() > 1 || s.ready();
+    return !member.decides || s.cancelled || s.backlog() > 1 || s.ready() || s.drafted >= member.most_drafts;
   });
 }
 

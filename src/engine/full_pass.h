@@ -51,7 +51,7 @@ class FullPass {
   // Opens the pass: the residuals of its members go on the wire now. wire is null when the full KV stays on the device.
   FullPass(const Transformer& model, Compressor* compressor, Wire* wire, std::vector<FullPassMember> members);
 
-  // Every deciding member has drafted what its horizon asks for.
+  // Every deciding member has drafted what its horizon asks for, or what there is room for.
   bool members_ready() const;
   bool started() const { return next_layer_ >= 0; }
   // The first layers' full KV is at hand.

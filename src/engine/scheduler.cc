@@ -147,12 +147,19 @@ void Scheduler::open_pass(const Usage& usage, StepPlan& plan) {
   rows_left -= held_rows;
   logit_rows_left -= held ? 1 : 0;
   staging_left -= held_staging;
+  const auto joins = [&](const Load& load) {
+    return ready(load) || (early && load.horizon - load.drafted <= least_missing + load.horizon / 4);
+  };
+  const auto joining =
+      std::count_if(decoding.begin(), decoding.end(), [&](const auto& one) { return joins(one.second->load); });
+  const int share = std::min(rows_left, logit_rows_left) / std::max(1, static_cast<int>(joining)) - 1;
   for (auto& [id, sequence] : decoding) {
-    const int missing = sequence->load.horizon - sequence->load.drafted;
-    if (ready(sequence->load) || (early && missing <= least_missing + sequence->load.horizon / 4)) {
+    if (joins(sequence->load)) {
       const Load& load = sequence->load;
-      // By the time that the pass starts.
-      const int likely = std::min(load.horizon + std::max(load.horizon, load.drafted), 2 * load.reach);
+      // By the time that the pass starts. Nobody knows when drafts will be in doubt that are not made: an early pass
+      // has room for all that a sequence may draft, where that takes nobody else's.
+      const int expected = std::min(load.horizon + std::max(load.horizon, load.drafted), 2 * load.reach);
+      const int likely = early ? std::max(expected, std::min(load.reach, share)) : expected;
       const int most_drafts =
           std::clamp(usage.wire_bound ? load.most_drafts : likely, 0, std::max(0, load.most_drafts));
       take(id, *sequence, 1 + most_drafts, 1 + most_drafts, {.rows = 1, .decides = true, .most_drafts = most_drafts});

@@ -271,6 +271,14 @@ TEST(Engine, StreamingFullKvGivesTheFullAnswer) {
   EXPECT_LT(coded.stats.wire_out_bytes, streamed.stats.wire_out_bytes + 1);
 }
 
+// A pass that is opened before anybody is ready must hold all that is drafted until then.
+TEST(Engine, DraftsThatStandAreVerified) {
+  EngineOptions options;
+  options.max_model_len = 2048;
+  const Outcome drafted = run("kivi:bits=8", options, {prompts()[0]}, 300, 0.0f);
+  EXPECT_LT(static_cast<double>(drafted.stats.draft_steps), 1.25 * static_cast<double>(drafted.stats.decided_tokens));
+}
+
 TEST(Engine, InjectedDelaysChangeNothing) {
   const Outcome reference = run(nullptr, full_mode(), prompts(), 30, 0.0f);
   EngineOptions options = full_mode();

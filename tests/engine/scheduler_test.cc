@@ -316,7 +316,21 @@ TEST(Scheduler, VerifiesWhoIsInDoubt) {
     // The wire brings nothing for drafts that likely stand where it is the bottleneck; else it begins early.
     scheduler.update(1, weighed(5, 0.95));
     scheduler.update(2, weighed(0, 1));
-    EXPECT_EQ(ids(scheduler.next({.wire_bound = wire_bound}).pass), wire_bound ? Ids{} : Ids{3});
+    const std::vector<PassMember> early = scheduler.next({.wire_bound = wire_bound}).pass;
+    ASSERT_EQ(ids(early), wire_bound ? Ids{} : Ids{3});
+    if (!early.empty()) {
+      EXPECT_EQ(early[0].most_drafts, 64) << "it may draft so many before it is in doubt";
+    }
+  }
+  // Several share the rows that there are.
+  Scheduler sharing = admitted(limits(), 3);
+  for (const SeqId id : {1, 2, 3}) {
+    sharing.update(id, weighed(0, 1));
+  }
+  const std::vector<PassMember> all = sharing.next({}).pass;
+  ASSERT_EQ(ids(all), (Ids{1, 2, 3}));
+  for (const PassMember& member : all) {
+    EXPECT_EQ(member.most_drafts, 60 / 3 - 1);
   }
 }
 
