@@ -32,6 +32,7 @@ __host__ __device__ constexpr int ceil_div(int a, int b) {
 // Splits of a pair (sequence, tile of heads): as many for its past as fill the slots, and one for its tail, which may
 // take more of them.
 struct SplitLimits {
+  int pages = 0;  // of past and tail together, at most
   int past = 1;
   int tail_pages = kWarps;  // of a split of the tail, which is bf16: no more bytes than a split of past
   __host__ __device__ constexpr int all() const { return past + 1; }
@@ -40,7 +41,7 @@ SplitLimits limit_splits(int pairs, int longest_tokens, const KvFormat& format) 
   const int pages = ceil_div(longest_tokens, kPageTokens) + 1;  // past and tail may both end within a page
   const bool one_wave = ceil_div(pages * pairs, kSlots) <= kOneWavePages;
   const int splits = one_wave ? std::max(1, kSlots / pairs) : ceil_div(kWaves * kSlots, pairs);
-  return {splits, std::max(kWarps, ceil_div(pages * (format.key_bits + format.value_bits), 2 * 16 * splits))};
+  return {pages, splits, std::max(kWarps, ceil_div(pages * (format.key_bits + format.value_bits), 2 * 16 * splits))};
 }
 
 int head_tiles(int group) {
@@ -63,7 +64,7 @@ struct DraftArgs {
   const int* chosen_tokens = nullptr;  // (sequences, KV heads): that they hold
   int chosen_stride = 0;
   int kv_heads = 0;
-  int* done = nullptr;        // (sequences, tiles of heads): splits that are
+  int* counts = nullptr;      // (sequences, tiles of heads): splits that are done
   float* partials = nullptr;  // (sequences, heads, splits, head_dim)
   float2* tops = nullptr;     // (sequences, heads, splits): maximum of the scores in powers of two, sum of weights
   bf16* out = nullptr;
@@ -111,6 +112,9 @@ struct Cut {
 __device__ inline Cut cut_pages(const SplitLimits& limits, int past_tokens, int tail_tokens) {
   const int past = pages_of(past_tokens);
   const int tail = pages_of(tail_tokens);
+  if (past + tail > limits.pages) {
+    __trap();  // a sequence longer than the caller said
+  }
   const int tail_splits = min(limits.past, ceil_div(tail, limits.tail_pages));
   const int past_splits = max(1, min(limits.past + 1 - tail_splits, ceil_div(past, kWarps)));
   Cut cut{.past_pages = max(1, ceil_div(past, past_splits)), .tail_pages = ceil_div(tail, tail_splits)};
@@ -224,10 +228,10 @@ __device__ inline bool last_of_pair(const DraftArgs& args, int splits) {
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
-    int* done = args.done + static_cast<ptrdiff_t>(blockIdx.y) * gridDim.x + blockIdx.x;
-    last = atomicAdd(done, 1) == splits - 1;
+    int& count = args.counts[static_cast<ptrdiff_t>(blockIdx.y) * gridDim.x + blockIdx.x];
+    last = atomicAdd(&count, 1) == splits - 1;
     if (last) {
-      *done = 0;
+      count = 0;
     }
     __threadfence();
   }
@@ -376,7 +380,7 @@ void draft_attention(const AttentionArgs& args, const KvFormat& format, const St
   draft.splits =
       limit_splits(pass.count * shape.kv_heads * draft.head_tiles, chooses ? read_tokens : longest_tokens, format);
   const size_t partials = static_cast<size_t>(pass.count) * static_cast<size_t>(args.heads * draft.splits.all());
-  draft.done = counts;
+  draft.counts = counts;
   draft.partials = scratch;
   draft.tops = reinterpret_cast<float2*>(scratch + partials * static_cast<size_t>(head_dim));
   if (chooses) {
