@@ -5,6 +5,7 @@
 #   PROOF_SECONDS   at most so long in all; what is left over is named as not run (no limit)
 #   TOOLS           memcheck and racecheck, or others of compute-sanitizer
 #   SLICE_BY        suite or test (suite)
+#   JOBS            slices at a time (1)
 #   GTEST_FILTER    which tests (all)
 # Kernels of VeriCache alone are looked at: those of cuBLASLt are not ours, and take the tools most of their time.
 # One line a slice: tool, slice, and passed, errors (the tool's count), failed (a test), or time out. The last line adds
@@ -16,6 +17,7 @@ seconds=${SLICE_SECONDS:-300}
 total=${PROOF_SECONDS:-0}
 tools=${TOOLS:-memcheck racecheck}
 by=${SLICE_BY:-suite}
+most=${JOBS:-1}
 filter=${GTEST_FILTER:-*}
 unset GTEST_FILTER
 mkdir -p "$logs"
@@ -46,47 +48,55 @@ if [[ -z $slices ]]; then
   exit 2
 fi
 
-declare -A count=([passed]=0 [errors]=0 [failed]=0 ["time out"]=0 [skipped]=0 ["not run"]=0)
+# prove TOOL SLICE LOG: its line.
+prove() {
+  local tool=$1 slice=$2 log=$3 limit=$seconds begin=$SECONDS status summary verdict
+  if ((total > 0)); then
+    local left=$((total - (SECONDS - started)))
+    limit=$((left < limit ? left : limit))
+  fi
+  if ((limit <= 0)); then
+    printf '%-10s %-52s %-9s\n' "$tool" "$slice" "not run"
+    return
+  fi
+  timeout --kill-after=10 "$limit" compute-sanitizer --tool "$tool" --error-exitcode 99 --launch-timeout 60 \
+    --require-cuda-init no --kernel-name kns=vericache \
+    "$test_cuda" --gtest_brief=1 --gtest_filter="$(tests_of "$slice")" >"$log" 2>&1 </dev/null
+  status=$?
+  # memcheck ends with "ERROR SUMMARY: N errors", racecheck with "RACECHECK SUMMARY: N hazards displayed (...)".
+  summary=$(grep -Eo '(ERROR SUMMARY: [0-9]+ errors?|RACECHECK SUMMARY: [0-9]+ hazards?.*)' "$log" | tail -n 1)
+  case $status in
+    0)
+      if grep -q 'SKIPPED' "$log"; then
+        verdict=skipped
+      elif grep -Eq 'SUMMARY: 0 ' <<<"$summary"; then
+        verdict=passed
+      else
+        verdict=errors
+      fi
+      ;;
+    99) verdict=errors ;;
+    124 | 137) verdict="time out" ;;
+    *) verdict=failed ;;
+  esac
+  printf '%-10s %-52s %-9s %4d s  %s\n' "$tool" "$slice" "$verdict" $((SECONDS - begin)) "$summary"
+}
+
 started=$SECONDS
+lines=$logs/lines
+: >"$lines"
 for tool in $tools; do
   while IFS= read -r slice; do
-    log=$logs/$tool-$(tr -c 'A-Za-z0-9\n' '_' <<<"$slice").log
-    limit=$seconds
-    if ((total > 0)); then
-      left=$((total - (SECONDS - started)))
-      limit=$((left < limit ? left : limit))
-    fi
-    if ((limit <= 0)); then
-      count["not run"]=$((count["not run"] + 1))
-      printf '%-10s %-48s %-9s\n' "$tool" "$slice" "not run"
-      continue
-    fi
-    begin=$SECONDS
-    timeout --kill-after=10 "$limit" compute-sanitizer --tool "$tool" --error-exitcode 99 --launch-timeout 60 \
-      --require-cuda-init no --kernel-name kns=vericache \
-      "$test_cuda" --gtest_brief=1 --gtest_filter="$(tests_of "$slice")" >"$log" 2>&1 </dev/null
-    status=$?
-    # memcheck ends with "ERROR SUMMARY: N errors", racecheck with "RACECHECK SUMMARY: N hazards displayed (...)".
-    summary=$(grep -Eo '(ERROR SUMMARY: [0-9]+ errors?|RACECHECK SUMMARY: [0-9]+ hazards?.*)' "$log" | tail -n 1)
-    case $status in
-      0)
-        if grep -q 'SKIPPED' "$log"; then
-          verdict=skipped
-        elif grep -Eq 'SUMMARY: 0 ' <<<"$summary"; then
-          verdict=passed
-        else
-          verdict=errors
-        fi
-        ;;
-      99) verdict=errors ;;
-      124 | 137) verdict="time out" ;;
-      *) verdict=failed ;;
-    esac
-    count[$verdict]=$((count[$verdict] + 1))
-    printf '%-10s %-48s %-9s %4d s  %s\n' "$tool" "$slice" "$verdict" $((SECONDS - begin)) "$summary"
+    while (($(jobs -rp | wc -l) >= most)); do
+      wait -n
+    done
+    prove "$tool" "$slice" "$logs/$tool-$(tr -c 'A-Za-z0-9\n' '_' <<<"$slice").log" | tee -a "$lines" &
   done <<<"$slices"
 done
+wait
 
-echo "${count[passed]} slices passed, ${count[errors]} with errors, ${count[failed]} failed, ${count["time out"]} timed" \
-  "out, ${count[skipped]} skipped, ${count["not run"]} not run; logs in $logs"
-((count[passed] > 0 && count[errors] + count[failed] + count["time out"] + count[skipped] + count["not run"] == 0))
+of() { grep -Ec "^[a-z]+ +[^ ]+ +$1( |\$)" "$lines"; }
+passed=$(of passed)
+echo "$passed slices passed, $(of errors) with errors, $(of failed) failed, $(of 'time out') timed out, $(of skipped)" \
+  "skipped, $(of 'not run') not run; logs in $logs"
+((passed > 0 && passed == $(wc -l <"$lines")))
