@@ -1,6 +1,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <functional>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -117,18 +118,28 @@ class Contender {
     }
     while (engine_->reading() && engine_->step()) {
     }
+    sample.prefill = prompt_tokens(sample) / std::max(now_seconds() - start, 1e-9);
     engine_->hold_decoding(false);
-    const double decoding = now_seconds();
-    const EngineStats before = engine_->stats();
-    // Measured while all are in flight: until the first of them is done.
+    const SequenceStats before = engine_->stats().speculation;
+    // Measured while all are in flight, until the first of them is done; and from when each has had a verdict, so that
+    // at either end as many drafts are undecided. Where that leaves nothing, from the beginning.
+    DecodingWindow window = begin_window();
+    const auto judged = [](const Transcript& t) { return t.tokens.size() > 1; };
     const auto done = [](const Transcript& t) { return t.finish.has_value(); };
-    while (std::none_of(sample.transcripts.begin(), sample.transcripts.end(), done) && engine_->step()) {
+    const auto any = [&](const auto& what) {
+      return std::any_of(sample.transcripts.begin(), sample.transcripts.end(), what);
+    };
+    while (!any(done) && any(std::not_fn(judged)) && engine_->step()) {
     }
-    finish(sample, start, decoding, now_seconds(), before);
+    window = any(done) ? window : begin_window();
+    while (!any(done) && engine_->step()) {
+    }
+    end_window(sample, window);
     engine_->run();
-    sample.speculation.rounds = engine_->stats().speculation.rounds - before.speculation.rounds;
-    sample.speculation.drafted = engine_->stats().speculation.drafted - before.speculation.drafted;
-    sample.speculation.accepted = engine_->stats().speculation.accepted - before.speculation.accepted;
+    const SequenceStats& after = engine_->stats().speculation;
+    sample.speculation.rounds = after.rounds - before.rounds;
+    sample.speculation.drafted = after.drafted - before.drafted;
+    sample.speculation.accepted = after.accepted - before.accepted;
     result_.samples.push_back(std::move(sample));
   }
 
@@ -155,16 +166,24 @@ class Contender {
   }
 
  private:
-  void finish(BenchSample& sample, double start, double decoding, double end, const EngineStats& before) {
-    const EngineStats& after = engine_->stats();
-    double prompt_tokens = 0;
+  struct DecodingWindow {
+    double seconds = 0;  // when it begins
+    EngineStats stats;
+  };
+  DecodingWindow begin_window() const { return {now_seconds(), engine_->stats()}; }
+  static double prompt_tokens(const BenchSample& sample) {
+    double tokens = 0;
     for (const Transcript& transcript : sample.transcripts) {
-      prompt_tokens += transcript.prompt_tokens;
+      tokens += transcript.prompt_tokens;
     }
+    return tokens;
+  }
+  void end_window(BenchSample& sample, const DecodingWindow& window) const {
+    const EngineStats& before = window.stats;
+    const EngineStats& after = engine_->stats();
     const double sequences = static_cast<double>(sample.transcripts.size());
-    const double seconds = std::max(end - decoding, 1e-9);
+    const double seconds = std::max(now_seconds() - window.seconds, 1e-9);
     const double tokens = static_cast<double>(after.decided_tokens - before.decided_tokens);
-    sample.prefill = prompt_tokens / std::max(decoding - start, 1e-9);
     sample.decode = tokens / seconds;
     sample.wire_bytes_per_token =
         tokens == 0 ? 0 : static_cast<double>(after.wire_in_bytes_decode - before.wire_in_bytes_decode) / tokens;
