@@ -219,10 +219,24 @@ VERICACHE_BOTH constexpr void unpack_run(const RunWords& words, const KvPart& pa
   }
 }
 
+// Words and scales lie on their own boundaries; a GPU that is not told so reads them byte by byte.
 VERICACHE_BOTH inline uint32_t word_at(const std::byte* at) {
+#ifdef __CUDA_ARCH__
+  return *reinterpret_cast<const uint32_t*>(at);
+#else
   uint32_t word;
   memcpy(&word, at, sizeof(word));
   return word;
+#endif
+}
+VERICACHE_BOTH inline uint32_t half_at(const std::byte* at) {
+#ifdef __CUDA_ARCH__
+  return *reinterpret_cast<const uint16_t*>(at);
+#else
+  uint16_t half;
+  memcpy(&half, at, sizeof(half));
+  return half;
+#endif
 }
 VERICACHE_BOTH inline RunWords read_run(const std::byte* chunk, const KvPart& part, const Run8& run) {
   RunWords out;
@@ -302,10 +316,7 @@ struct AffineBits {
   uint32_t minimum = 0;
 };
 VERICACHE_BOTH inline AffineBits affine_of(const std::byte* part, int group, int groups) {
-  uint16_t stored[2];
-  memcpy(&stored[0], part + group * 2, 2);
-  memcpy(&stored[1], part + (groups + group) * 2, 2);
-  return {stored[0], stored[1]};
+  return {half_at(part + group * 2), half_at(part + (groups + group) * 2)};
 }
 
 // Levels of a nuq part, behind its affine groups, and its slots behind them.
