@@ -55,8 +55,6 @@ void add_inspect(CLI::App& app, Command& chosen);
 // What was typed, for reports: "vericache bench --model m".
 std::string command_line(int argc, const char* const* argv);
 
-// "64Mi", "1.5G", "1000000", "auto" (0). UsageError naming the flag.
-size_t parse_bytes(std::string_view text, std::string_view flag);
 // "adaptive" or a number of tokens. UsageError.
 int parse_horizon(std::string_view text);
 // As parse_horizon, with the default that `compressor` calls for where `text` is empty.
