@@ -5,7 +5,7 @@ option(VERICACHE_PORTABLE "Binaries that run on machines without this one's libr
 set(VERICACHE_TEXT_OUTPUT fmt::fmt)
 if(VERICACHE_PORTABLE)
   set(VERICACHE_TEXT_OUTPUT fmt::fmt-header-only)
-  foreach(package PCRE2:pcre2-8 XXHASH:xxhash UTF8PROC:utf8proc)
+  foreach(package PCRE2:pcre2-8 XXHASH:xxhash UTF8PROC:utf8proc HIREDIS:hiredis)
     string(REPLACE ":" ";" package ${package})
     list(GET package 0 target)
     list(GET package 1 name)

@@ -5,8 +5,9 @@ set -euo pipefail
 
 packages=(
   g++ make cmake ninja-build pkg-config ccache xz-utils python3
-  libhwy-dev nlohmann-json3-dev libcli11-dev libfmt-dev libpcre2-dev libxxhash-dev libutf8proc-dev
+  libhwy-dev nlohmann-json3-dev libcli11-dev libfmt-dev libpcre2-dev libxxhash-dev libutf8proc-dev libhiredis-dev
   libgtest-dev libgmock-dev librapidcheck-dev libbenchmark-dev
+  redis-tools # holds the server that tests start, and starts none by itself
 )
 dev_packages=(clang-16 llvm-16 libclang-rt-16-dev clang-tidy-16 clang-format-14)
 
