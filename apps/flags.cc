@@ -73,6 +73,18 @@ void add_engine_flags(CLI::App& command, EngineFlags& flags) {
             "Budget for weights, activations and the KV that stays on the device: 500000000, 500M, 512Mi or 'auto' "
             "(what is needed)");
   add_bytes(command, "--host-memory", o.host_memory, "Budget for the full KV outside the device, in the same form");
+  command
+      .add_option_function<std::string>(
+          "--kv-store",
+          [&o](const std::string& text) {
+            const BlockStoreSpec spec = parse_block_store(text);
+            o.store_bytes = spec.bytes;
+            o.open_store = [spec](size_t block_bytes, int blocks) {
+              return make_block_store(spec, block_bytes, blocks);
+            };
+          },
+          "Where the full KV goes that --host-memory has no room for: disk:DIR,size=64G or redis:HOST:PORT,size=64G")
+      ->type_name("STORE");
   command.add_option("--wire-gbps", o.wire_gbps, "Cap the link between the tiers, GB/s each way (default: none)")
       ->check(CLI::Range(0.0, 1e6));
   command

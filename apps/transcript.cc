@@ -107,6 +107,7 @@ nlohmann::ordered_json memory_json(const EngineStats& stats) {
           {"staging_bytes", stats.staging_bytes},
           {"resident_pool_bytes", stats.resident_pool_bytes},
           {"host_pool_bytes", stats.host_pool_bytes},
+          {"store_bytes", stats.store_bytes},
           {"peak_resident_bytes", stats.peak_resident_bytes},
           {"peak_full_bytes", stats.peak_full_bytes},
           {"full_on_device", stats.full_on_device}};

@@ -69,6 +69,9 @@ Engine::State::State(const Transformer& model, Device& device, std::unique_ptr<C
   }
   if (!plan.full_on_device) {
     host_pool = make_pool(*host, extent_bytes(shape), plan.host_extents, "the host tier");
+    if (plan.store_extents > 0) {
+      block_store = options.open_store(extent_bytes(shape), plan.store_extents);
+    }
     record_pool = make_pool(*host, plan.record_bytes, options.max_sequences, "checksums");
     WireOptions wire_options = plan.wire;
     wire_options.inject_delay_us = options.inject_delay_us;
@@ -83,6 +86,7 @@ Engine::State::State(const Transformer& model, Device& device, std::unique_ptr<C
                                                   .staging_pages = plan.full_on_device ? 0 : plan.wire.slot_pages,
                                                   .resident_pages = plan.resident_pages,
                                                   .host_extents = plan.host_extents,
+                                                  .store_extents = plan.store_extents,
                                                   .open_passes = plan.full_on_device ? 1 : 2,
                                                   .drafting = plan.most_drafts > 0});
   stats.weight_bytes = model.weights().bytes;
@@ -90,6 +94,7 @@ Engine::State::State(const Transformer& model, Device& device, std::unique_ptr<C
   stats.tail_pool_bytes = plan.tail_bytes;
   stats.staging_bytes = plan.staging_bytes;
   stats.resident_pool_bytes = plan.resident_bytes;
+  stats.store_bytes = static_cast<size_t>(plan.store_extents) * extent_bytes(shape);
   stats.host_pool_bytes = static_cast<size_t>(plan.host_extents) * extent_bytes(shape);
   stats.full_on_device = plan.full_on_device;
 }
@@ -132,9 +137,11 @@ SeqId Engine::State::submit(Request request) {
   needs.resident_pages = compressor != nullptr ? resident_pages_for(*compressor, length, shape) : 0;
   needs.host_extents =
       plan.full_on_device ? 0 : extents_for((length + kPageTokens - 1) / kPageTokens, shape, plan.wire.code);
-  if (needs.resident_pages > plan.resident_pages || needs.host_extents > plan.host_extents) {
+  if (needs.resident_pages > plan.resident_pages ||
+      needs.host_extents > std::max(plan.host_extents, plan.store_extents)) {
     throw Error(
-        "a sequence of {} tokens does not fit the KV pools; raise --device-memory or --host-memory, or lower "
+        "a sequence of {} tokens does not fit the KV pools; raise --device-memory, --host-memory or --kv-store, or "
+        "lower "
         "max_tokens",
         length);
   }
@@ -163,8 +170,10 @@ void Engine::State::admit(SeqId id) {
     s.resident->settle(draft_lane);  // the tables' last owner has left its counts there
   }
   if (!plan.full_on_device) {
-    s.full = std::make_unique<FullKv>(shape, plan.wire.code, *host_pool, *record_pool,
-                                      (length + kPageTokens - 1) / kPageTokens);
+    const int pages = (length + kPageTokens - 1) / kPageTokens;
+    s.full = scheduler->in_store(id)
+                 ? std::make_unique<FullKv>(shape, plan.wire.code, *block_store, *record_pool, pages)
+                 : std::make_unique<FullKv>(shape, plan.wire.code, *host_pool, *record_pool, pages);
     while (!s.full->reachable(*host)) {
       std::this_thread::sleep_for(std::chrono::milliseconds(1));  // its slabs are still being pinned
     }
@@ -357,7 +366,8 @@ bool Engine::pools_whole() const {
       return false;
     }
   }
-  return true;
+  const BlockStore* const store = state_->block_store.get();
+  return store == nullptr || store->free() == store->count();
 }
 
 }  // namespace vericache

@@ -78,6 +78,7 @@ struct EngineStats {
   size_t staging_bytes = 0;
   size_t resident_pool_bytes = 0;
   size_t host_pool_bytes = 0;
+  size_t store_bytes = 0;          // behind the host tier
   size_t peak_resident_bytes = 0;  // compressed KV held at once, all sequences
   size_t peak_full_bytes = 0;      // full KV held at once outside the device (or in it, where it fits)
   bool full_on_device = false;     // the full KV fits and stays there: nothing crosses the wire

@@ -155,17 +155,21 @@ MemoryPlan plan_memory(const Transformer& model, const Compressor* compressor, c
     plan.staging_bytes = staging_for(contexts);
     const size_t extent = extent_bytes(shape);
     const size_t sequence_extents = static_cast<size_t>(extents_for(max_pages, shape, plan.wire.code));
-    size_t extents = sequences * sequence_extents;
-    if (o.host_memory > 0) {
-      extents = std::min(extents, o.host_memory / extent);
-    }
-    if (extents < sequence_extents) {
-      throw Error("host memory: the full KV of {} tokens needs {:.1f} MB; raise --host-memory or lower --max-model-len",
-                  plan.max_len, megabytes(sequence_extents * extent));
+    const size_t wanted = sequences * sequence_extents;
+    const size_t extents = o.host_memory > 0 ? std::min(wanted, o.host_memory / extent) : wanted;
+    const size_t behind = std::min(wanted - extents / sequence_extents * sequence_extents, o.store_bytes / extent);
+    if (std::max(extents, behind) < sequence_extents) {
+      throw Error(
+          "host memory: the full KV of {} tokens needs {:.1f} MB; raise --host-memory, give it a --kv-store, or lower "
+          "--max-model-len",
+          plan.max_len, megabytes(sequence_extents * extent));
     }
     plan.host_extents = static_cast<int>(extents);
+    plan.store_extents = static_cast<int>(behind);
+    plan.wire.stores = behind > 0;
     plan.record_bytes = aligned(FullKv::record_bytes(shape, max_pages));
-    plan.host_bytes = aligned(extents * extent) + sequences * plan.record_bytes + wire_host_bytes(shape);
+    plan.host_bytes =
+        aligned(extents * extent) + sequences * plan.record_bytes + wire_host_bytes(shape, plan.wire, device);
   }
   // A draft may stand behind the last token that can be decided.
   const int last = plan.max_len + 2 * plan.most_drafts + 1;
@@ -200,8 +204,8 @@ int sequences_that_fit(const Transformer& model, const Compressor* compressor, c
                                             : resident_pages_for(*compressor, plan.max_len, shape);
     const bool resident = plan.streaming || plan.resident_pages >= count * pages;
     const bool staged = !plan.streaming || plan.wire.slot_pages >= count * max_pages;
-    const bool stored =
-        plan.full_on_device || plan.host_extents >= count * extents_for(max_pages, shape, plan.wire.code);
+    const int extents = extents_for(max_pages, shape, plan.wire.code);
+    const bool stored = plan.full_on_device || plan.host_extents / extents + plan.store_extents / extents >= count;
     if (!resident || !staged || !stored) {
       return fit;
     }

@@ -22,6 +22,7 @@ struct MemoryPlan {
   WireOptions wire;        // slot_pages: of all sequences in a pass
   int resident_pages = 0;  // head pages in the pool
   int host_extents = 0;
+  int store_extents = 0;
   size_t query_window_bytes = 0;  // of one sequence
   size_t notes_bytes = 0;         // of the compressor, of one sequence and layer
   int report_values = 0;          // the same, in host memory

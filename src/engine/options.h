@@ -4,6 +4,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
+#include <memory>
 
 #include "kv/wire.h"
 
@@ -22,7 +24,10 @@ struct EngineOptions {
   int max_sequences = 1;   // in flight at once
   int pass_rows = 512;     // rows of one full pass: the prefill chunk
   size_t host_memory = 0;  // bytes for the full KV outside the device; 0 = what max_sequences of max_model_len need
-  double wire_gbps = 0;    // bandwidth cap of the wire in GB/s, each direction; 0 = none
+  // Where the full KV goes that the host memory has no room for: bytes of it, and how it is opened. 0 = nowhere.
+  size_t store_bytes = 0;
+  std::function<std::unique_ptr<BlockStore>(size_t block_bytes, int blocks)> open_store;
+  double wire_gbps = 0;  // bandwidth cap of the wire in GB/s, each direction; 0 = none
   WireForm wire_form = WireForm::automatic;
   int ring_layers = 3;     // layers of full KV that staging holds
   Trace* trace = nullptr;  // what the lanes do goes there; outlives the engine

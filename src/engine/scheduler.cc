@@ -15,7 +15,8 @@ int rows_to_read(const Load& load) {
 }  // namespace
 
 void Scheduler::enqueue(SeqId id, const Needs& needs) {
-  check(needs.resident_pages <= limits_.resident_pages && needs.host_extents <= limits_.host_extents,
+  check(needs.resident_pages <= limits_.resident_pages &&
+            needs.host_extents <= std::max(limits_.host_extents, limits_.store_extents),
         "a sequence that can never be admitted is refused before it is queued");
   waiting_.push_back({id, needs});
 }
@@ -28,7 +29,7 @@ void Scheduler::remove(SeqId id) {
   if (const auto running = running_.find(id); running != running_.end()) {
     check(!running->second.in_pass, "a sequence leaves between passes");
     resident_pages_ -= running->second.needs.resident_pages;
-    host_extents_ -= running->second.needs.host_extents;
+    (running->second.in_store ? store_extents_ : host_extents_) -= running->second.needs.host_extents;
     running_.erase(running);
   } else {
     std::erase_if(waiting_, [id](const Waiting& waiting) { return waiting.id == id; });
@@ -65,13 +66,16 @@ StepPlan Scheduler::next(const Usage& usage) {
 void Scheduler::admit(StepPlan& plan) {
   while (!waiting_.empty() && running() < limits_.max_sequences) {
     const Waiting& first = waiting_.front();
-    if (first.needs.resident_pages > free_resident_pages() || first.needs.host_extents > free_host_extents()) {
+    const bool in_store = first.needs.host_extents > free_host_extents();
+    if (first.needs.resident_pages > free_resident_pages() ||
+        (in_store && first.needs.host_extents > free_store_extents())) {
       return;
     }
     resident_pages_ += first.needs.resident_pages;
-    host_extents_ += first.needs.host_extents;
+    (in_store ? store_extents_ : host_extents_) += first.needs.host_extents;
     Running sequence;
     sequence.needs = first.needs;
+    sequence.in_store = in_store;
     sequence.turn = ++turns_;
     running_.emplace(first.id, sequence);
     plan.admit.push_back(first.id);

@@ -20,6 +20,7 @@ struct SchedulerLimits {
   int staging_pages = 0;   // full-KV pages of one layer that a pass may have staged; 0 = nothing crosses the wire
   int resident_pages = 0;  // head pages of resident KV
   int host_extents = 0;    // extents of the host tier
+  int store_extents = 0;   // and of the store behind it
   int open_passes = 2;     // passes opened at once: one computes, the wire brings the next
   bool drafting = true;    // false: full-KV mode, every pass decides one token a sequence
 };
@@ -27,7 +28,7 @@ struct SchedulerLimits {
 // What a sequence will need at most; reserved when it is admitted, so that nothing can run out under way.
 struct Needs {
   int resident_pages = 0;
-  int host_extents = 0;
+  int host_extents = 0;  // or as many of the store: those of a sequence lie together
 };
 
 // Where a running sequence stands. The engine tells it after every change.
@@ -87,6 +88,9 @@ class Scheduler {
   int running() const { return static_cast<int>(running_.size()); }
   int free_resident_pages() const { return limits_.resident_pages - resident_pages_; }
   int free_host_extents() const { return limits_.host_extents - host_extents_; }
+  int free_store_extents() const { return limits_.store_extents - store_extents_; }
+  // Of one that was admitted: the host tier had no room for it.
+  bool in_store(SeqId id) const { return running_.at(id).in_store; }
   // Ready: a pass should judge what this sequence has drafted.
   static bool ready(const Load& load);
 
@@ -98,6 +102,7 @@ class Scheduler {
   struct Running {
     Needs needs;
     Load load;
+    bool in_store = false;
     bool in_pass = false;
     uint64_t turn = 0;  // when it last left a pass; of those equally in doubt the longest unserved goes first
   };
@@ -111,6 +116,7 @@ class Scheduler {
   std::map<SeqId, Running> running_;  // ordered: plans are the same for the same history
   int resident_pages_ = 0;            // reserved
   int host_extents_ = 0;
+  int store_extents_ = 0;
   uint64_t turns_ = 0;
 };
 

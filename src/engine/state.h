@@ -82,6 +82,7 @@ struct Engine::State {
   std::unique_ptr<PagePool> tail_pool;
   std::unique_ptr<PagePool> resident_pool;
   std::unique_ptr<PagePool> host_pool;
+  std::unique_ptr<BlockStore> block_store;  // null where nothing is behind the host tier
   std::unique_ptr<PagePool> window_pool;
   std::unique_ptr<PagePool> notes_pool;
   Activations pass_activations;

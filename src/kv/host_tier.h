@@ -1,18 +1,19 @@
-// Host tier: the full KV of every sequence in host memory, in extents of one layer, in the form in which it crosses the
-// wire, with a checksum per page.
-// Reservation on the engine's thread; pages are written and read by the wire's workers, each page by one of them at a
-// time.
+// Full KV of every sequence outside device memory, in extents of one layer, in the form in which it crosses the wire,
+// with a checksum per page: the host tier, in host memory, or blocks of a store, where that has no room. Reservation on
+// the engine's thread; pages are written and read by the wire's workers, each page by one of them at a time.
 #pragma once
 
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <vector>
 
 #include "backend/device.h"
 #include "backend/kv_view.h"
 #include "backend/residual_code.h"
+#include "kv/block_store.h"
 #include "kv/page_pool.h"
 
 namespace vericache {
@@ -37,8 +38,10 @@ inline int extents_for(int pages, const KvShape& shape, ResidualCode code) {
 // bytes, one behind the other, that runs through its extents.
 class FullKv {
  public:
-  // Takes room for max_pages pages of every layer, and a block of record_bytes(...); the pools must have it.
+  // Takes room for max_pages pages of every layer, and a block of record_bytes(...); the pools and the store must have
+  // it.
   FullKv(const KvShape& shape, ResidualCode code, PagePool& extents, PagePool& records, int max_pages);
+  FullKv(const KvShape& shape, ResidualCode code, BlockStore& store, PagePool& records, int max_pages);
   // Checksums and ends.
   static size_t record_bytes(const KvShape& shape, int max_pages) {
     return static_cast<size_t>(shape.layers) * static_cast<size_t>(max_pages) * (sizeof(uint64_t) + sizeof(uint32_t));
@@ -47,6 +50,7 @@ class FullKv {
   FullKv(const FullKv&) = delete;
   FullKv& operator=(const FullKv&) = delete;
 
+  bool in_store() const { return store_ != nullptr; }
   // Whether lanes reach all of its extents by now; see Device::ready. They are blocks of one allocation of `host`.
   bool reachable(const Device& host) const;
   ResidualCode code() const { return code_; }
@@ -64,34 +68,43 @@ class FullKv {
   // In units of kResidualUnit. Host memory that the device reaches.
   const uint32_t* ends(int layer) const { return ends_ + record(layer, 0); }
   // visit(std::byte* memory, size_t offset, size_t bytes) for the pieces of bytes [begin, end) of a layer's stream that
-  // lie together; offset is that in the stream.
+  // lie together; offset is that in the stream. Not of a sequence in a store.
   template <typename Visit>
   void for_each_piece(int layer, size_t begin, size_t end, const Visit& visit) const {
-    while (begin < end) {
-      const size_t in_extent = begin % extent_bytes_;
-      const size_t bytes = std::min(end - begin, extent_bytes_ - in_extent);
-      visit(extents_[static_cast<size_t>(layer) * static_cast<size_t>(extents_per_layer_) + begin / extent_bytes_] +
-                in_extent,
-            begin, bytes);
-      begin += bytes;
-    }
+    for_each_extent(layer, begin, end, [&](size_t extent, size_t in_extent, size_t offset, size_t bytes) {
+      visit(extents_[extent] + in_extent, offset, bytes);
+    });
   }
-  std::byte* byte(int layer, size_t offset) const {
-    std::byte* at = nullptr;
-    for_each_piece(layer, offset, offset + 1, [&](std::byte* memory, size_t, size_t) { at = memory; });
-    return at;
-  }
+  // Bytes of a layer's stream from `begin` on, wherever they are. Blocks where they are in a store; one thread may read
+  // and another write. false: the store failed, and what `to` holds is anything; checksums tell.
+  bool read(int layer, size_t begin, std::span<std::byte> to) const;
+  bool write(int layer, size_t begin, std::span<const std::byte> from);
+  void flip_bit(int layer, size_t offset, int bit = 0);  // for tests: of that byte
 
   uint64_t* checksums(int layer) const { return checksums_ + record(layer, 0); }
   uint64_t& checksum(int layer, int page) { return checksums_[record(layer, page)]; }
   uint64_t checksum(int layer, int page) const { return checksums_[record(layer, page)]; }
 
  private:
+  FullKv(const KvShape& shape, ResidualCode code, PagePool* extents, BlockStore* store, PagePool& records,
+         int max_pages);
+  // visit(index of the extent, offset in it, offset in the stream, bytes)
+  template <typename Visit>
+  void for_each_extent(int layer, size_t begin, size_t end, const Visit& visit) const {
+    while (begin < end) {
+      const size_t in_extent = begin % extent_bytes_;
+      const size_t bytes = std::min(end - begin, extent_bytes_ - in_extent);
+      visit(static_cast<size_t>(layer) * static_cast<size_t>(extents_per_layer_) + begin / extent_bytes_, in_extent,
+            begin, bytes);
+      begin += bytes;
+    }
+  }
   size_t record(int layer, int page) const {
     return static_cast<size_t>(layer) * static_cast<size_t>(max_pages_) + static_cast<size_t>(page);
   }
 
-  PagePool& pool_;
+  PagePool* pool_;     // of its extents in host memory, or
+  BlockStore* store_;  // of its blocks
   PagePool& record_pool_;
   ResidualCode code_;
   int max_pages_;
@@ -99,6 +112,7 @@ class FullKv {
   size_t extent_bytes_;
   std::atomic<int> stored_ = 0;
   std::vector<std::byte*> extents_;  // (layers, extents_per_layer)
+  std::vector<int> blocks_;          // the same, in a store
   uint64_t* checksums_;              // (layers, max_pages), of plain pages: host memory that the device reaches
   uint32_t* ends_;                   // (layers, max_pages): behind the checksums
 };

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <chrono>
 #include <thread>
 
 #include "base/check.h"
@@ -19,6 +20,9 @@ constexpr size_t kCodedSlots = 8;
 constexpr int kBatchPages = 4;
 static_assert(kBatchPages <= EncodeArgs::kMostPages);
 
+// Layers that land from a store at once.
+constexpr size_t kLandings = 3;
+
 // Before the pages of a part, in the ring: where each ends.
 size_t ends_bytes(int pages) {
   return (static_cast<size_t>(pages) * sizeof(uint32_t) + kResidualUnit - 1) / kResidualUnit * kResidualUnit;
@@ -34,6 +38,13 @@ size_t ring_bytes_for(const KvShape& shape, const WireOptions& options) {
 }
 size_t outgoing_bytes_for(const KvShape& shape) {
   return static_cast<size_t>(shape.layers) * kBatchPages * residual_bound(shape);
+}
+// Of a batch that leaves for a store, a layer's part.
+size_t leaving_bytes_for(const KvShape& shape, const WireOptions& options) {
+  return kBatchPages * stored_page_bound(shape, options.code);
+}
+size_t landing_bytes_for(const KvShape& shape, const WireOptions& options) {
+  return static_cast<size_t>(options.slot_pages) * stored_page_bound(shape, options.code);
 }
 
 }  // namespace
@@ -55,12 +66,31 @@ class LaneWire::LaneFetch final : public Fetch {
     return blocks;
   }
   bool corrupt(size_t part) const override { return *static_cast<volatile const uint32_t*>(mismatches(part)) != 0; }
+  // Reading from a store and transfers go on beside each other.
   double busy_seconds() const override {
     double seconds = 0;
     for (const auto& [from, to] : transfers_) {
       seconds += in_.seconds(from, to);
     }
-    return seconds;
+    return std::max(seconds, Fetch::busy_seconds());
+  }
+  bool in_store() const {  // any of it
+    return std::any_of(parts_.begin(), parts_.end(),
+                       [](const FetchPart& part) { return part.pages > 0 && part.full->in_store(); });
+  }
+  // Brings what a layer has in a store into `memory`. The reading thread.
+  void land(int layer, std::byte* memory) {
+    const auto begin = std::chrono::steady_clock::now();
+    for (const FetchPart& part : parts_) {
+      if (part.pages > 0 && part.full->in_store()) {
+        const size_t bytes = part.full->end(layer, part.pages - 1);
+        part.full->read(layer, 0, {memory, bytes});  // a store that failed gave anything: the checksums tell
+        memory += bytes;
+      }
+    }
+    const auto taken = std::chrono::steady_clock::now() - begin;
+    busy_us_.fetch_add(static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::microseconds>(taken).count()),
+                       std::memory_order_relaxed);
   }
   void trace(Trace& trace) const override {
     for (size_t layer = 0; layer < transfers_.size(); ++layer) {
@@ -94,12 +124,23 @@ LaneWire::LaneWire(const KvShape& shape, const WireOptions& options, Device& dev
         device.allocate_array<uint32_t>(size_t{kBatchPages} * static_cast<size_t>(shape.kv_heads), "staging's tables");
     outgoing_ends_ = host.allocate_array<uint32_t>(static_cast<size_t>(shape.layers) * kBatchPages, "sizes");
   }
+  if (options.stores) {
+    for (size_t i = 0; i < kLandings; ++i) {
+      landings_.push_back({.memory = host.allocate(landing_bytes_for(shape, options), "layers from a store")});
+    }
+    leaving_ =
+        host.allocate(static_cast<size_t>(shape.layers) * leaving_bytes_for(shape, options), "pages for a store");
+    reader_ = std::make_unique<JobThread>();
+    writer_ = std::make_unique<JobThread>();
+  }
   if (options.gbps > 0) {
     throw UsageError("--wire-gbps caps an imitated link; a GPU's link is the real one: leave the flag out");
   }
 }
 
 LaneWire::~LaneWire() {
+  reader_.reset();
+  writer_.reset();
   in_.wait(in_.mark());
   out_.wait(out_.mark());
 }
@@ -114,8 +155,12 @@ size_t LaneWire::device_bytes(const KvShape& shape, const WireOptions& options) 
          aligned(size_t{kBatchPages} * static_cast<size_t>(shape.kv_heads) * sizeof(uint32_t));
 }
 
-size_t LaneWire::host_bytes(const KvShape& shape) {
-  return (kCounters + static_cast<size_t>(shape.layers) * kBatchPages) * sizeof(uint32_t) + 2 * 4096;
+size_t LaneWire::host_bytes(const KvShape& shape, const WireOptions& options) {
+  const size_t tables = (kCounters + static_cast<size_t>(shape.layers) * kBatchPages) * sizeof(uint32_t) + 2 * 4096;
+  const auto aligned = [](size_t bytes) { return (bytes + 4095) / 4096 * 4096; };
+  return tables + (options.stores ? kLandings * aligned(landing_bytes_for(shape, options)) +
+                                        aligned(static_cast<size_t>(shape.layers) * leaving_bytes_for(shape, options))
+                                  : 0);
 }
 
 std::shared_ptr<Fetch> LaneWire::fetch(std::vector<FetchPart> parts) {
@@ -133,9 +178,36 @@ std::shared_ptr<Fetch> LaneWire::fetch(std::vector<FetchPart> parts) {
   return fetch;
 }
 
+// Has the next layers read that lie in a store.
+void LaneWire::land() {
+  for (const std::shared_ptr<LaneFetch>& fetch : fetches_) {
+    for (; landing_ < fetch->ticket(shape_.layers) && landing_ < sent_ + landings_.size(); ++landing_) {
+      Landing& to = landing(landing_);
+      if (fetch->in_store()) {
+        if (to.sent != 0 && !in_.reached(to.sent)) {
+          return;
+        }
+        const int layer = static_cast<int>(landing_ - fetch->ticket(0));
+        to.job = reader_->enqueue([fetch, layer, memory = to.memory] { fetch->land(layer, memory); });
+      } else {
+        to.job = 0;
+      }
+    }
+  }
+}
+
+// Whether the layer that is sent next is in the host's memory.
+bool LaneWire::landed() {
+  if (landings_.empty()) {
+    return true;
+  }
+  land();
+  return sent_ < landing_ && (landing(sent_).job == 0 || reader_->done(landing(sent_).job));
+}
+
 // Puts on the wire every layer that has room by then.
 void LaneWire::pump() {
-  while (sent_ < next_ticket_ && sent_ < released_ + slots_.size()) {
+  while (sent_ < next_ticket_ && sent_ < released_ + slots_.size() && landed()) {
     LaneFetch& fetch = *fetches_.front();
     const int layer = static_cast<int>(sent_ - fetch.ticket(0));
     if (coded()) {
@@ -190,6 +262,7 @@ void LaneWire::send_layer(LaneFetch& fetch, int layer) {
   }
   linger(in_);
   size_t bytes = 0;
+  const std::byte* from_store = landings_.empty() ? nullptr : landing(sent_).memory;
   copies_.clear();
   for (const FetchPart& part : fetch.parts()) {
     if (part.pages == 0) {
@@ -204,14 +277,22 @@ void LaneWire::send_layer(LaneFetch& fetch, int layer) {
       target += ends_bytes(part.pages);
       bytes += ends_bytes(part.pages);
     }
-    part.full->for_each_piece(layer, 0, end, [&](const std::byte* memory, size_t offset, size_t count) {
-      copies_.push_back({target + offset, memory, count});
-    });
+    if (part.full->in_store()) {
+      copies_.push_back({target, from_store, end});
+      from_store += end;
+    } else {
+      part.full->for_each_piece(layer, 0, end, [&](const std::byte* memory, size_t offset, size_t count) {
+        copies_.push_back({target + offset, memory, count});
+      });
+    }
     bytes += end;
   }
   to.begun = in_.mark();
   in_.copy(copies_);
   to.arrived = in_.mark();
+  if (!landings_.empty()) {
+    landing(sent_).sent = to.arrived;
+  }
   fetch.sent(to.begun, to.arrived, bytes);
   bytes_in_.fetch_add(bytes, std::memory_order_relaxed);
 }
@@ -222,6 +303,10 @@ bool LaneWire::arrived(const Fetch& fetch, int layer) {
 }
 
 void LaneWire::wait(const Fetch& fetch, int layer) {
+  while (!landings_.empty() && !ready(fetch, layer) && sent_ < released_ + slots_.size()) {
+    pump();
+    std::this_thread::yield();
+  }
   check(ready(fetch, layer), "a layer that is waited for is on the wire");
   in_.wait(slot(fetch.ticket(layer)).arrived);
 }
@@ -285,7 +370,7 @@ void LaneWire::store(FullKv& full, int first, std::vector<const std::byte*> page
   check(first + static_cast<int>(page_sets.size()) <= full.max_pages(),
         "a store fits the room reserved for the sequence");
   stores_.push_back({.full = &full, .first = first, .sets = std::move(page_sets), .resident = resident});
-  if (!coded()) {
+  if (!coded() && !full.in_store()) {
     begin_batch(stores_.back());
   }
   advance_stores();
@@ -306,6 +391,14 @@ void LaneWire::advance_stores() {
     if (!out_.reached(store.copied)) {
       return;
     }
+    if (store.full->in_store()) {
+      if (store.job == 0) {
+        write_batch(store);
+      }
+      if (!writer_->done(store.job)) {
+        return;
+      }
+    }
     end_batch(store);
     if (store.done == store.count()) {
       stores_.pop_front();
@@ -314,8 +407,10 @@ void LaneWire::advance_stores() {
 }
 
 void LaneWire::begin_batch(Store& store) {
-  store.batch = coded() ? std::min(kBatchPages, store.count() - store.done) : store.count();
+  const bool whole = !coded() && !store.full->in_store();
+  store.batch = whole ? store.count() : std::min(kBatchPages, store.count() - store.done);
   store.copied = 0;
+  store.job = 0;
   linger(out_);
   store.begun = out_.mark();
   FullKv& full = *store.full;
@@ -374,7 +469,7 @@ void LaneWire::copy_batch(Store& store) {
       }
       full.place(layer, first + i, page_size);
       const size_t at = full.begin(layer, first + i);
-      full.for_each_piece(layer, at, at + page_size, [&](std::byte* memory, size_t offset, size_t count) {
+      const auto copy = [&](std::byte* memory, size_t offset, size_t count) {
         BlockCopy* last = copies_.empty() ? nullptr : &copies_.back();
         const std::byte* from = source + (offset - at);
         if (last != nullptr && last->target + last->bytes == memory && last->source + last->bytes == from) {
@@ -382,13 +477,34 @@ void LaneWire::copy_batch(Store& store) {
         } else {
           copies_.push_back({memory, from, count});
         }
-      });
+      };
+      if (full.in_store()) {
+        copy(leaving(layer) + (at - full.begin(layer, first)), at, page_size);
+      } else {
+        full.for_each_piece(layer, at, at + page_size, copy);
+      }
       bytes += page_size;
     }
   }
   out_.copy(copies_);
   bytes_out_.fetch_add(bytes, std::memory_order_relaxed);
   store.copied = out_.mark();
+}
+
+std::byte* LaneWire::leaving(int layer) const {
+  return leaving_ + static_cast<size_t>(layer) * leaving_bytes_for(shape_, options_);
+}
+
+// What a store does not take is missing when it is read, and computed anew.
+void LaneWire::write_batch(Store& store) {
+  FullKv& full = *store.full;
+  const int first = store.first + store.done;
+  store.job = writer_->enqueue([this, &full, first, last = first + store.batch - 1] {
+    for (int layer = 0; layer < shape_.layers; ++layer) {
+      const size_t begin = full.begin(layer, first);
+      full.write(layer, begin, {leaving(layer), full.end(layer, last) - begin});
+    }
+  });
 }
 
 void LaneWire::end_batch(Store& store) {
@@ -411,7 +527,7 @@ void LaneWire::corrupt(const Store& store) {
         const int page = store.first + store.done + i;
         const size_t begin = store.full->begin(layer, page);
         const size_t bytes = store.full->end(layer, page) - begin;
-        *store.full->byte(layer, begin + stored_pages_ % bytes) ^= std::byte{1};
+        store.full->flip_bit(layer, begin + stored_pages_ % bytes);
       }
     }
   }
@@ -440,6 +556,7 @@ uint64_t LaneWire::corrupt_blocks() {
 
 uint64_t LaneWire::changes() {
   advance_stores();
+  pump();
   return changes_;
 }
 

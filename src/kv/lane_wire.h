@@ -5,20 +5,22 @@
 #include <deque>
 #include <random>
 
+#include "kv/job_thread.h"
 #include "kv/wire.h"
 
 namespace vericache {
 
 // Plain pages are copied into staging slots. Encoded ones are copied into a ring of bytes; the lane that awaits a layer
 // decodes it into staging, so that one slot is enough and the ring's bytes are free again. On their way out pages are
-// encoded into a block of their own; when the host knows their sizes, they are copied to their places.
+// encoded into a block of their own; when the host knows their sizes, they are copied to their places. What lies in a
+// store is read into host memory some layers ahead of its transfer, and written from there, by a thread each.
 class LaneWire final : public Wire {
  public:
   // host: what the engine's thread and the device both reach.
   LaneWire(const KvShape& shape, const WireOptions& options, Device& device, Device& host, Kernels& kernels);
   ~LaneWire() override;
   static size_t device_bytes(const KvShape& shape, const WireOptions& options);
-  static size_t host_bytes(const KvShape& shape);
+  static size_t host_bytes(const KvShape& shape, const WireOptions& options);
   LaneWire(const LaneWire&) = delete;
   LaneWire& operator=(const LaneWire&) = delete;
 
@@ -47,6 +49,12 @@ class LaneWire final : public Wire {
     Mark released = 0;
     Kernels* reader = nullptr;  // the lane that released it
   };
+  // A layer of a fetch on its way from a store to the host's memory.
+  struct Landing {
+    std::byte* memory = nullptr;  // its parts of a store, one behind the other
+    uint64_t job = 0;             // of reading it; 0: nothing of it is in a store
+    Mark sent = 0;                // wire lane: behind the last transfer from it
+  };
   struct Store {
     FullKv* full;
     int first;
@@ -56,13 +64,16 @@ class LaneWire final : public Wire {
     int batch = 0;  // page sets under way behind them
     Mark begun = 0;
     Mark encoded = 0;
-    Mark copied = 0;  // 0: their places are not known yet
+    Mark copied = 0;   // 0: their places are not known yet
+    uint64_t job = 0;  // of writing them to a store; 0: not begun
     int count() const { return static_cast<int>(sets.size()); }
     // The i-th page set of the batch.
     const std::byte* set(int i) const { return sets[static_cast<size_t>(done) + static_cast<size_t>(i)]; }
   };
   bool coded() const { return options_.code != ResidualCode::plain; }
   void pump();
+  void land();
+  bool landed();
   bool place(size_t bytes, Slot& slot) const;
   void send_layer(LaneFetch& fetch, int layer);
   void decode(const FetchPart& part, const Fetch& fetch, int layer, const std::byte* in, Kernels& lane);
@@ -71,11 +82,14 @@ class LaneWire final : public Wire {
   void begin_batch(Store& store);
   void encode_batch(Store& store);
   void copy_batch(Store& store);
+  std::byte* leaving(int layer) const;  // a layer's part of a batch
+  void write_batch(Store& store);
   void end_batch(Store& store);
   void corrupt(const Store& store);
   void linger(Kernels& lane);
   Slot& slot(uint64_t ticket) { return slots_[ticket % slots_.size()]; }
   const Slot& slot(uint64_t ticket) const { return slots_[ticket % slots_.size()]; }
+  Landing& landing(uint64_t ticket) { return landings_[ticket % landings_.size()]; }
 
   Kernels& in_;
   Kernels& out_;
@@ -89,6 +103,9 @@ class LaneWire final : public Wire {
   std::byte* outgoing_ = nullptr;       // (layers, kBatchPages): encoded pages
   uint32_t* outgoing_sizes_ = nullptr;  // (kBatchPages, kv_heads)
   uint32_t* outgoing_ends_ = nullptr;   // (layers, kBatchPages): host memory that the device reaches
+  std::vector<Landing> landings_;       // none without a store
+  uint64_t landing_ = 0;                // tickets below have landed or are landing
+  std::byte* leaving_ = nullptr;        // (layers, kBatchPages): pages on their way to a store, host memory
   uint32_t* mismatches_;  // a ring of counters, one a part of a fetch; host memory that the device reaches
   uint64_t next_counter_ = 0;
   uint64_t next_ticket_ = 0;
@@ -97,6 +114,8 @@ class LaneWire final : public Wire {
   uint64_t stored_pages_ = 0;
   uint64_t changes_ = 0;
   std::minstd_rand random_;
+  std::unique_ptr<JobThread> reader_;  // last: they end before what they read and write
+  std::unique_ptr<JobThread> writer_;
 };
 
 }  // namespace vericache

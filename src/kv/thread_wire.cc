@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cstring>
 #include <random>
 
 #include "base/check.h"
@@ -165,9 +164,7 @@ void ThreadWire::bring_part(const FetchPart& part, int layer, std::byte* staged)
   const bool coded = part.full->code() != ResidualCode::plain;
   incoming_.resize(coded ? bytes : 0);
   std::byte* target = coded ? incoming_.data() : staged;
-  part.full->for_each_piece(layer, 0, bytes, [&](const std::byte* memory, size_t offset, size_t count) {
-    std::memcpy(target + offset, memory, count);
-  });
+  part.full->read(layer, 0, {target, bytes});  // a store that failed gave anything: the checksums tell
   if (coded) {
     kernels_.decode({.shape = shape_,
                      .code = part.full->code(),
@@ -220,13 +217,11 @@ size_t ThreadWire::take_layer(const Store& store, int layer) {
     }
     const size_t begin = full.begin(layer, page);
     const size_t end = full.end(layer, page);
-    full.for_each_piece(layer, begin, end, [&](std::byte* memory, size_t offset, size_t count) {
-      std::memcpy(memory, source + (offset - begin), count);
-    });
+    full.write(layer, begin, {source, end - begin});
     taken += end - begin;
     const uint64_t number = stored_pages_.fetch_add(1) + 1;
     if (options_.inject_corruption_every != 0 && number % options_.inject_corruption_every == 0) {
-      *full.byte(layer, begin + number % (end - begin)) ^= std::byte{1};
+      full.flip_bit(layer, begin + number % (end - begin));
     }
   }
   return taken;

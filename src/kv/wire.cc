@@ -70,8 +70,8 @@ size_t wire_device_bytes(const KvShape& shape, const WireOptions& options, const
   return device.addressable() ? Staging::bytes(shape, options.ring_layers, options.slot_pages)
                               : LaneWire::device_bytes(shape, options);
 }
-size_t wire_host_bytes(const KvShape& shape) {
-  return LaneWire::host_bytes(shape);
+size_t wire_host_bytes(const KvShape& shape, const WireOptions& options, const Device& device) {
+  return device.addressable() ? 0 : LaneWire::host_bytes(shape, options);
 }
 
 std::unique_ptr<Wire> make_wire(const KvShape& shape, const WireOptions& options, Device& device, Device& host,

@@ -26,6 +26,7 @@ struct WireOptions {
   int ring_layers = 3;
   int slot_pages = 0;        // pages that a layer of a fetch has, all parts, at most
   double coded_share = 1.0;  // of a plain page, that an encoded one is expected to take
+  bool stores = false;       // sequences may have their full KV in a store
   int inject_delay_us = 0;
   uint64_t inject_corruption_every = 0;
   Trace* trace = nullptr;
@@ -137,7 +138,7 @@ class Wire {
 // Device memory that a wire of these options works in.
 size_t wire_device_bytes(const KvShape& shape, const WireOptions& options, const Device& device);
 // Host memory that the device reaches, likewise.
-size_t wire_host_bytes(const KvShape& shape);
+size_t wire_host_bytes(const KvShape& shape, const WireOptions& options, const Device& device);
 // Threads that copy where the device's memory is the host's own; copies by the lanes of the device where it is not.
 std::unique_ptr<Wire> make_wire(const KvShape& shape, const WireOptions& options, Device& device, Device& host,
                                 Kernels& kernels);

@@ -3,6 +3,7 @@
 #include <random>
 
 #include "engine/least_budget.h"
+#include "memory_store.h"
 #include "model/loaded_model.h"
 
 namespace vericache {
@@ -269,6 +270,59 @@ TEST(Engine, StreamingFullKvGivesTheFullAnswer) {
   const Outcome coded = run(nullptr, options, prompts(), 40, 0.7f, coded_budget + coded_budget / 50);
   expect_identical(reference, coded, "streaming, coded");
   EXPECT_LT(coded.stats.wire_out_bytes, streamed.stats.wire_out_bytes + 1);
+}
+
+// Room in host memory for one of three sequences; the others' full KV is in a store, which fails now and then.
+EngineOptions with_store(EngineOptions options, uint64_t reads_that_fail, uint64_t* reads = nullptr) {
+  options.max_sequences = 3;
+  options.host_memory = static_cast<size_t>(extents_for(12, small_model().model->kv_shape(), ResidualCode::plain)) *
+                        extent_bytes(small_model().model->kv_shape());
+  options.store_bytes = size_t{1} << 30;
+  options.open_store = [reads_that_fail, reads](size_t block_bytes, int blocks) {
+    return std::make_unique<test::MemoryStore>(block_bytes, blocks, reads_that_fail, reads);
+  };
+  return options;
+}
+
+TEST(Engine, FullKvInAStoreGivesTheFullAnswer) {
+  const Outcome reference = run(nullptr, full_mode(), prompts(), 40, 0.7f);
+  for (const char* compressor : {"kivi:bits=4", "snapkv:budget=0.3"}) {
+    for (const WireForm form : {WireForm::plain, WireForm::coded}) {
+      EngineOptions options = full_mode();
+      options.horizon = 8;
+      options.wire_form = form;
+      options.inject_delay_us = 200;
+      options.inject_corruption_every = form == WireForm::coded ? 151 : 0;
+      uint64_t reads = 0;
+      const Outcome stored = run(compressor, with_store(options, 0, &reads), prompts(), 40, 0.7f);
+      expect_identical(reference, stored, compressor);
+      EXPECT_GT(stored.stats.store_bytes, 0u);
+      EXPECT_GT(reads, 0u) << "somebody's full KV was in the store";
+    }
+  }
+  EngineOptions options = full_mode();
+  options.pass_rows = 128;
+  options.ring_layers = 2;
+  options.max_model_len = 768;  // a sequence of which the host memory holds
+  const size_t budget = test::least_budget(*small_model().model, nullptr, options);
+  expect_identical(reference, run(nullptr, with_store(options, 0), prompts(), 40, 0.7f, 2 * budget), "streaming");
+}
+
+TEST(Engine, AStoreThatFailsIsNeverAnAnswer) {
+  const Outcome reference = run(nullptr, full_mode(), prompts(), 150, 0.0f);
+  EngineOptions options = full_mode();
+  options.horizon = 8;
+  const Outcome failing = run("kivi:bits=4", with_store(options, 23), prompts(), 150, 0.0f);
+  expect_identical(reference, failing, "a store that fails");
+  EXPECT_GT(failing.stats.corrupt_blocks, 0);
+  EXPECT_GT(failing.stats.recomputed_tokens, 0);
+
+  // Of a store that gives nothing back, those who depend on it say so; the one in host memory answers.
+  const std::vector<std::vector<TokenId>> same(2, prompts()[0]);
+  Outcome hopeless = run("kivi:bits=4", with_store(options, 1), same, 300, 0.0f);
+  EXPECT_EQ(hopeless.answers[1].finish, FinishReason::failed);
+  hopeless.answers.pop_back();
+  expect_identical(run(nullptr, full_mode(), {prompts()[0]}, 300, 0.0f), hopeless, "beside a store that fails");
 }
 
 // A pass that is opened before anybody is ready must hold all that is drafted until then.

@@ -74,6 +74,32 @@ TEST(Scheduler, AdmitsInOrderByWhatIsReserved) {
   EXPECT_EQ(scheduler.free_host_extents(), 50);
 }
 
+TEST(Scheduler, WhoHasNoRoomInHostMemoryGoesToTheStore) {
+  SchedulerLimits with_store = limits();
+  with_store.store_extents = 60;
+  Scheduler scheduler(with_store);
+  scheduler.enqueue(1, {.host_extents = 30});
+  scheduler.enqueue(2, {.host_extents = 30});  // 20 are left in host memory
+  scheduler.enqueue(3, {.host_extents = 20});  // those
+  scheduler.enqueue(4, {.host_extents = 31});  // 30 are left in the store
+  EXPECT_EQ(scheduler.next({}).admit, (Ids{1, 2, 3}));
+  EXPECT_FALSE(scheduler.in_store(1));
+  EXPECT_TRUE(scheduler.in_store(2));
+  EXPECT_FALSE(scheduler.in_store(3));
+  EXPECT_EQ(scheduler.free_host_extents(), 0);
+  EXPECT_EQ(scheduler.free_store_extents(), 30);
+  scheduler.remove(2);
+  EXPECT_EQ(scheduler.free_store_extents(), 60);
+  EXPECT_EQ(scheduler.next({}).admit, Ids{4});
+  EXPECT_TRUE(scheduler.in_store(4));
+  scheduler.remove(1);
+  EXPECT_EQ(scheduler.free_host_extents(), 30);
+  scheduler.enqueue(5, {.host_extents = 55});  // more than host memory ever has
+  EXPECT_TRUE(scheduler.next({}).admit.empty());
+  scheduler.remove(4);
+  EXPECT_EQ(scheduler.next({}).admit, Ids{5});
+}
+
 TEST(Scheduler, AdmitsNoMoreThanItsSequences) {
   Scheduler scheduler(limits());
   for (SeqId id = 1; id <= 6; ++id) {

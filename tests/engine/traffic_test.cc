@@ -1,4 +1,5 @@
 #include "engine/traffic.h"
+#include "memory_store.h"
 
 namespace vericache {
 namespace {
@@ -91,6 +92,19 @@ TEST(Traffic, BlocksThatComeBackBroken) {
   setup.options.inject_delay_us = 100;
   const EngineStats stats = run_traffic(setup, visitors());
   EXPECT_GT(stats.corrupt_blocks, 0);
+  EXPECT_GT(stats.recomputed_tokens, 0);
+}
+
+// Host memory for one of them; the others' full KV lies in a store that fails.
+TEST(Traffic, AStoreBehindALittleHostMemory) {
+  TrafficSetup setup{.compressor = "kivi:bits=4", .options = options_of(8, 5, 200)};
+  setup.options.host_memory = size_t{8} << 20;
+  setup.options.store_bytes = size_t{48} << 20;
+  setup.options.open_store = [](size_t block_bytes, int blocks) {
+    return std::make_unique<test::MemoryStore>(block_bytes, blocks, 47);
+  };
+  setup.options.inject_delay_us = 100;
+  const EngineStats stats = run_traffic(setup, visitors());
   EXPECT_GT(stats.recomputed_tokens, 0);
 }
 

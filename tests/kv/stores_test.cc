@@ -6,6 +6,7 @@
 
 #include "kv/resident.h"
 #include "kv_memory.h"
+#include "memory_store.h"
 #include "simulated_gpu.h"
 
 namespace vericache {
@@ -273,7 +274,6 @@ TEST(FullKv, PagesLieInTheirLayersExtentsOneBehindTheOther) {
             size_t next = full.begin(layer, page);
             full.for_each_piece(layer, next, full.end(layer, page), [&](std::byte* at, size_t offset, size_t count) {
               EXPECT_EQ(offset, next);
-              EXPECT_EQ(full.byte(layer, offset), at);
               EXPECT_TRUE(pieces.emplace(at, count).second);
               next += count;
             });
@@ -296,6 +296,53 @@ TEST(FullKv, PagesLieInTheirLayersExtentsOneBehindTheOther) {
       EXPECT_EQ(records.pool.used(), 0);
     }
   }
+}
+
+// Wherever the extents are, a layer's stream is one: written in pieces, read in others, against a plain array.
+TEST(FullKv, BytesComeBackFromHostMemoryAndFromAStore) {
+  constexpr int kPages = 300;
+  const int extents = extents_for(kPages, kShape, ResidualCode::plain);
+  EXPECT_GT(extents, 2 * kShape.layers);
+  OwnedPool records(FullKv::record_bytes(kShape, kPages), 2);
+  OwnedPool pool(extent_bytes(kShape), extents);
+  test::MemoryStore store(extent_bytes(kShape), extents + 1);
+  std::mt19937_64 random(9);
+  {
+    FullKv in_memory(kShape, ResidualCode::plain, pool.pool, records.pool, kPages);
+    FullKv in_store(kShape, ResidualCode::plain, store, records.pool, kPages);
+    EXPECT_FALSE(in_memory.in_store());
+    EXPECT_TRUE(in_store.in_store());
+    EXPECT_EQ(store.free(), 1);
+    for (FullKv* full : {&in_memory, &in_store}) {
+      const size_t size = kPages * page_bytes(kShape);
+      std::vector<std::vector<std::byte>> layers(static_cast<size_t>(kShape.layers), std::vector<std::byte>(size));
+      for (size_t layer = 0; layer < layers.size(); ++layer) {
+        EXPECT_TRUE(full->write(static_cast<int>(layer), 0, layers[layer]));
+      }
+      for (int i = 0; i < 60; ++i) {
+        const size_t layer = random() % layers.size();
+        const size_t begin = random() % size;
+        const size_t count = random() % (size - begin) / (1 + random() % 500);
+        const auto written = layers[layer].begin() + static_cast<ptrdiff_t>(begin);
+        std::generate_n(written, count, [&] { return static_cast<std::byte>(random()); });
+        EXPECT_TRUE(full->write(static_cast<int>(layer), begin, {written, count}));
+        layers[layer][begin] ^= std::byte{0x20};
+        full->flip_bit(static_cast<int>(layer), begin, 5);
+        const size_t from = random() % size;
+        std::vector<std::byte> read(size - from);
+        EXPECT_TRUE(full->read(static_cast<int>(layer), from, read));
+        EXPECT_TRUE(std::equal(read.begin(), read.end(), layers[layer].begin() + static_cast<ptrdiff_t>(from)));
+      }
+    }
+    store.fail_reads(1);
+    store.fail_writes(1);
+    std::vector<std::byte> some(3 * page_bytes(kShape));
+    EXPECT_FALSE(in_store.read(1, 0, some));
+    EXPECT_FALSE(in_store.write(1, 0, some));
+    EXPECT_TRUE(in_memory.read(1, 0, some));
+  }
+  EXPECT_EQ(store.free(), store.count());
+  EXPECT_EQ(pool.pool.used(), 0);
 }
 
 TEST(FullKvDeathTest, NeedsABlockOfRecordsThatIsLargeEnough) {

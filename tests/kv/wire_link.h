@@ -10,6 +10,7 @@
 
 #include "kv/wire.h"
 #include "kv_memory.h"
+#include "memory_store.h"
 #include "simulated_gpu.h"
 
 namespace vericache::test {
@@ -29,7 +30,8 @@ struct Stored {
   FullKv full;
   std::unique_ptr<OwnedPool> resident_pages;
   std::unique_ptr<ResidentKv> resident;
-  Stored(const KvShape& shape, ResidualCode code, PagePool& extents, PagePool& records, int pages, Kernels& cpu,
+  // extents: a pool or a store.
+  Stored(const KvShape& shape, ResidualCode code, auto& extents, PagePool& records, int pages, Kernels& cpu,
          std::mt19937_64& random)
       : full(shape, code, extents, records, pages) {
     for (int i = 0; i < pages; ++i) {
@@ -91,10 +93,11 @@ struct Link {
   SimulatedGpu gpu;
   ResidualCode code;
   std::unique_ptr<Device> device;
-  std::unique_ptr<Device> host = make_cpu_device(size_t{1} << 20);
+  std::unique_ptr<Device> host = make_cpu_device(size_t{32} << 20);
   Kernels& lane;  // that reads what was brought
   OwnedPool extents;
   OwnedPool records;
+  std::unique_ptr<MemoryStore> store_of_others;  // of every other sequence, where the options say so
   std::vector<std::unique_ptr<Stored>> sequences;
   std::unique_ptr<Wire> wire;  // ends before what it reads and writes
 
@@ -106,6 +109,8 @@ struct Link {
         lane(carrier == Carrier::threads ? *cpu : gpu.kernels()),
         extents(extent_bytes(shape), 16 * shape.layers),
         records(FullKv::record_bytes(shape, kMostPages), 16),
+        store_of_others(options.stores ? std::make_unique<MemoryStore>(extent_bytes(shape), 16 * shape.layers)
+                                       : nullptr),
         wire(make_wire(shape, options, *device, *host, lane)) {}
   static std::unique_ptr<Device> make_memory(Carrier carrier, size_t bytes) {
     if (carrier == Carrier::lanes) {
@@ -115,7 +120,10 @@ struct Link {
   }
 
   Stored& add(int pages) {
-    sequences.push_back(std::make_unique<Stored>(shape, code, extents.pool, records.pool, pages, *cpu, random));
+    const bool elsewhere = store_of_others != nullptr && sequences.size() % 2 == 0;
+    sequences.push_back(elsewhere
+                            ? std::make_unique<Stored>(shape, code, *store_of_others, records.pool, pages, *cpu, random)
+                            : std::make_unique<Stored>(shape, code, extents.pool, records.pool, pages, *cpu, random));
     return *sequences.back();
   }
   void await_stored(const Stored& sequence, int pages) const {

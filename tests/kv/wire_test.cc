@@ -22,6 +22,7 @@ using Clock = std::chrono::steady_clock;
 struct Way {
   Carrier carrier;
   ResidualCode code;
+  bool stores = false;
 };
 class AnyWire : public testing::TestWithParam<Way> {
  protected:
@@ -29,18 +30,22 @@ class AnyWire : public testing::TestWithParam<Way> {
   static WireOptions with_code(WireOptions options) {
     options.code = GetParam().code;
     options.coded_share = 0.5;
+    options.stores = GetParam().stores;
     return options;
   }
 };
-const auto kWays =
-    testing::Values(Way{Carrier::threads, ResidualCode::plain}, Way{Carrier::lanes, ResidualCode::plain},
-                    Way{Carrier::threads, ResidualCode::lossless}, Way{Carrier::lanes, ResidualCode::lossless},
-                    Way{Carrier::threads, ResidualCode::resident}, Way{Carrier::lanes, ResidualCode::resident});
+const auto kWays = testing::Values(
+    Way{Carrier::threads, ResidualCode::plain}, Way{Carrier::lanes, ResidualCode::plain},
+    Way{Carrier::threads, ResidualCode::lossless}, Way{Carrier::lanes, ResidualCode::lossless},
+    Way{Carrier::threads, ResidualCode::resident}, Way{Carrier::lanes, ResidualCode::resident},
+    Way{Carrier::threads, ResidualCode::plain, true}, Way{Carrier::lanes, ResidualCode::plain, true},
+    Way{Carrier::threads, ResidualCode::resident, true}, Way{Carrier::lanes, ResidualCode::resident, true});
 std::string way_name(const testing::TestParamInfo<Way>& info) {
   return std::string(info.param.carrier == Carrier::threads ? "Threads" : "Lanes") +
          (info.param.code == ResidualCode::plain      ? "Plain"
           : info.param.code == ResidualCode::lossless ? "Lossless"
-                                                      : "Resident");
+                                                      : "Resident") +
+         (info.param.stores ? "Store" : "");
 }
 INSTANTIATE_TEST_SUITE_P(Ways, AnyWire, kWays, way_name);
 
@@ -192,9 +197,9 @@ TEST_P(AnyWire, AChangedBitIsFlaggedForItsPartOnly) {
     // Of an encoded page, a byte of its first row: padding may change and nothing is lost.
     const bool coded = GetParam().code != ResidualCode::plain;
     const size_t offset = coded ? 50 + link.random() % 100 : link.random() % page_bytes(kShape);
-    std::byte* byte = b.full.byte(layer, b.full.begin(layer, static_cast<int>(link.random() % 3)) + offset);
-    const std::byte bit{static_cast<uint8_t>(1u << link.random() % 8)};
-    *byte ^= bit;
+    const size_t at = b.full.begin(layer, static_cast<int>(link.random() % 3)) + offset;
+    const int bit = static_cast<int>(link.random() % 8);
+    b.full.flip_bit(layer, at, bit);
     const uint64_t before = link.wire->corrupt_blocks();
     const auto fetch = link.wire->fetch({a.part(3, 6), b.part(3, 0), c.part(3, 3)});
     for (int l = 0; l < kShape.layers; ++l) {
@@ -207,7 +212,7 @@ TEST_P(AnyWire, AChangedBitIsFlaggedForItsPartOnly) {
     ASSERT_FALSE(fetch->corrupt(0));
     ASSERT_FALSE(fetch->corrupt(2));
     ASSERT_EQ(link.wire->corrupt_blocks(), before + 1);
-    *byte ^= bit;
+    b.full.flip_bit(layer, at, bit);
   }
 }
 
@@ -222,6 +227,32 @@ TEST_P(AnyWire, InjectedCorruptionIsAlwaysSeen) {
   const auto hit = static_cast<uint64_t>(8 * kShape.layers / 7);
   EXPECT_LE(link.wire->corrupt_blocks(), hit);
   EXPECT_GE(link.wire->corrupt_blocks(), GetParam().code == ResidualCode::plain ? hit : 1);
+}
+
+// What a store does not give, or has not taken, is seen as damage of that sequence alone.
+TEST_P(AnyWire, AStoreThatFailsIsDamage) {
+  if (!GetParam().stores) {
+    GTEST_SKIP() << "nothing is in a store";
+  }
+  for (const bool writes : {false, true}) {
+    Link link(GetParam().carrier, with_code({.ring_layers = 2, .slot_pages = 8}));
+    Stored& a = link.add(4);
+    Stored& b = link.add(4);
+    link.store_of_others->fail_writes(writes ? 3 : 0);
+    link.store(a);
+    link.store(b);
+    link.store_of_others->fail_reads(writes ? 0 : 3);
+    const auto fetch = link.wire->fetch({a.part(4), b.part(4, 4)});
+    EXPECT_FALSE(link.consume(*fetch, {&a, &b}));
+    EXPECT_TRUE(fetch->corrupt(0));
+    EXPECT_FALSE(fetch->corrupt(1));
+    link.store_of_others->fail_writes(0);
+    link.store_of_others->fail_reads(0);
+    a.full.set_stored(0);
+    link.store(a);  // anew
+    const auto again = link.wire->fetch({a.part(4), b.part(4, 4)});
+    EXPECT_TRUE(link.consume(*again, {&a, &b}));
+  }
 }
 
 TEST_P(AnyWire, DelaysChangeNothing) {

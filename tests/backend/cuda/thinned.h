@@ -1,5 +1,5 @@
-// Fewer cases under tools that slow kernels a thousand times: with VERICACHE_TEST_EVERY=n a test of many cases runs every
-// n-th of them. One thread.
+// Fewer cases under tools that slow kernels a thousand times: with VERICACHE_TEST_EVERY=n a test of many cases runs
+// every n-th of them. One thread.
 #pragma once
 
 #include <algorithm>
