@@ -329,13 +329,18 @@ TEST_F(RealRedis, AServerThatDiesIsAFailureUntilItIsBack) {
   const int other = store->take();
   ASSERT_TRUE(store->write(block, 0, bytes));
   ASSERT_TRUE(store->write(other, 0, bytes));
+  const int more[] = {store->take(), store->take()};
+  ASSERT_TRUE(store->write(more[0], 0, bytes));
+  ASSERT_TRUE(store->write(more[1], 0, bytes));
   server_->kill();
   testing::internal::CaptureStderr();
+  store->give(more[0]);  // their keys cannot go now
+  store->give(more[1]);
   for (int i = 0; i < 3; ++i) {
     EXPECT_FALSE(store->read(block, 0, back));
     EXPECT_FALSE(store->write(block, 0, bytes));
   }
-  store->give(other);  // its key cannot go now
+  store->give(other);
   const std::string said = testing::internal::GetCapturedStderr();
   EXPECT_EQ(std::count(said.begin(), said.end(), '\n'), 2) << said;
   EXPECT_SAYS(said, "reading failed");
@@ -345,7 +350,10 @@ TEST_F(RealRedis, AServerThatDiesIsAFailureUntilItIsBack) {
   testing::internal::CaptureStderr();
   EXPECT_FALSE(store->read(block, 0, back)) << "it has forgotten";
   testing::internal::GetCapturedStderr();
+  const std::string key = dynamic_cast<RedisStore&>(*store).key(other);
+  ASSERT_EQ(server_->ask("SET " + key + " left"), "+OK\r\n");
   EXPECT_TRUE(store->write(block, 0, bytes));
+  EXPECT_EQ(server_->ask("EXISTS " + key), ":0\r\n") << "keys of blocks that were given back go first";
   EXPECT_TRUE(store->read(block, 0, back));
   EXPECT_EQ(back, bytes);
   ASSERT_EQ(store->take(), other);
@@ -498,6 +506,7 @@ TEST(HostileServer, SilenceEndsThePatience) {
   EXPECT_EQ(connection.why(), "the server does not answer");
   // A byte now and then is no reply either.
   server.set_hostile([](int to) {
+    say(to, "+");
     while (say(to, "1")) {
       std::this_thread::sleep_for(std::chrono::milliseconds(10));
     }
@@ -506,6 +515,7 @@ TEST(HostileServer, SilenceEndsThePatience) {
   ASSERT_TRUE(connection.open());
   ASSERT_TRUE(connection.send({"GETRANGE", "key", "0", "0"}));
   EXPECT_FALSE(connection.receive_bytes({&byte, 1}));
+  EXPECT_EQ(connection.why(), "the server's reply does not end");
   EXPECT_LT(Clock::now() - since, std::chrono::seconds(2));
 }
 
