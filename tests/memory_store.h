@@ -1,4 +1,5 @@
-// A store in memory, that fails now and then. Reads by one thread, writes by another.
+// MemoryStore: a block store in memory that fails now and then.
+// As BlockStore says.
 #pragma once
 
 #include <algorithm>

@@ -1,4 +1,5 @@
 // JobThread: a thread that does what blocks, one job after the other, for one that must not.
+// enqueue() by one thread, done() by any.
 #pragma once
 
 #include <atomic>
