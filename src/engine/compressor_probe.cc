@@ -125,8 +125,9 @@ void score(CacheTrial& trial, std::span<const TokenId> prompt, const ProbeReques
 }  // namespace
 
 std::vector<std::string> probe_candidates() {
-  return {"none",          "kivi:bits=8",   "kivi:bits=4",       "quarot:bits=4",
-          "quarot:bits=3", "quarot:bits=2", "snapkv:budget=0.2", "snapkv:budget=0.2+kivi:bits=4"};
+  return {"none",          "kivi:bits=8",       "kivi:bits=4",
+          "quarot:bits=4", "quarot:bits=3",     "quarot:k=4,v=2",
+          "quarot:bits=2", "snapkv:budget=0.2", "snapkv:budget=0.2+kivi:bits=4"};
 }
 
 ProbeReport probe_compressors(const Transformer& model, const EngineOptions& options, const ProbeRequest& request,
