@@ -4,6 +4,7 @@
 #include <cstdlib>
 
 #include "engine/traffic.h"
+#include "memory_store.h"
 
 namespace vericache {
 namespace {
@@ -61,6 +62,14 @@ TrafficSetup random_setup(std::mt19937_64& random) {
   o.inject_delay_us = below(3) == 0 ? below(1000) : 0;
   if (gbps > 0) {
     test::slow_wire(o, gbps, 500);
+  }
+  if (below(3) == 0) {
+    o.host_memory = size_t{8} << 20;
+    o.store_bytes = size_t{64} << 20;
+    const uint64_t failing = below(2) == 0 ? static_cast<uint64_t>(150 + below(400)) : 0;
+    o.open_store = [failing](size_t block_bytes, int blocks) {
+      return std::make_unique<test::MemoryStore>(block_bytes, blocks, failing);
+    };
   }
   o.inject_corruption_every = below(4) == 0 ? static_cast<uint64_t>(250 + below(400)) : 0;
   return setup;
