@@ -114,6 +114,7 @@ LaneWire::LaneWire(const KvShape& shape, const WireOptions& options, Device& dev
     : Wire(shape, options, options.code == ResidualCode::plain ? options.ring_layers : 1, device),
       in_(kernels.lane(Kernels::Place::wire_in)),
       out_(kernels.lane(Kernels::Place::wire_out)),
+      host_(host),
       slots_(coded() ? kCodedSlots : static_cast<size_t>(options.ring_layers)),
       mismatches_(host.allocate_array<uint32_t>(kCounters, "the wire's counters")) {
   if (coded()) {
@@ -178,8 +179,22 @@ std::shared_ptr<Fetch> LaneWire::fetch(std::vector<FetchPart> parts) {
   return fetch;
 }
 
+// Whether lanes reach the memory between them and a store by now: it may still be being pinned.
+bool LaneWire::reachable() {
+  const auto is_ready = [this](const std::byte* memory, size_t bytes) { return host_.ready(memory, bytes) >= bytes; };
+  reachable_ =
+      reachable_ || (is_ready(leaving_, static_cast<size_t>(shape_.layers) * leaving_bytes_for(shape_, options_)) &&
+                     std::all_of(landings_.begin(), landings_.end(), [&](const Landing& landing) {
+                       return is_ready(landing.memory, landing_bytes_for(shape_, options_));
+                     }));
+  return reachable_;
+}
+
 // Has the next layers read that lie in a store.
 void LaneWire::land() {
+  if (!reachable()) {
+    return;
+  }
   for (const std::shared_ptr<LaneFetch>& fetch : fetches_) {
     for (; landing_ < fetch->ticket(shape_.layers) && landing_ < sent_ + landings_.size(); ++landing_) {
       Landing& to = landing(landing_);
@@ -379,6 +394,9 @@ void LaneWire::store(FullKv& full, int first, std::vector<const std::byte*> page
 void LaneWire::advance_stores() {
   while (!stores_.empty()) {
     Store& store = stores_.front();
+    if (store.full->in_store() && !reachable()) {
+      return;
+    }
     if (store.batch == 0) {
       begin_batch(store);
     }

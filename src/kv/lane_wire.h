@@ -72,6 +72,7 @@ class LaneWire final : public Wire {
   };
   bool coded() const { return options_.code != ResidualCode::plain; }
   void pump();
+  bool reachable();
   void land();
   bool landed();
   bool place(size_t bytes, Slot& slot) const;
@@ -93,6 +94,7 @@ class LaneWire final : public Wire {
 
   Kernels& in_;
   Kernels& out_;
+  Device& host_;
   std::vector<Slot> slots_;
   std::deque<std::shared_ptr<LaneFetch>> fetches_;     // not wholly sent
   std::vector<std::shared_ptr<LaneFetch>> uncounted_;  // whose mismatches corrupt_blocks_ lacks
@@ -104,6 +106,7 @@ class LaneWire final : public Wire {
   uint32_t* outgoing_sizes_ = nullptr;  // (kBatchPages, kv_heads)
   uint32_t* outgoing_ends_ = nullptr;   // (layers, kBatchPages): host memory that the device reaches
   std::vector<Landing> landings_;       // none without a store
+  bool reachable_ = false;              // what lands or leaves is in memory that lanes reach by now
   uint64_t landing_ = 0;                // tickets below have landed or are landing
   std::byte* leaving_ = nullptr;        // (layers, kBatchPages): pages on their way to a store, host memory
   uint32_t* mismatches_;  // a ring of counters, one a part of a fetch; host memory that the device reaches
