@@ -131,7 +131,9 @@ class Contender {
     };
     while (!any(done) && any(std::not_fn(judged)) && engine_->step()) {
     }
-    window = any(done) ? window : begin_window();
+    if (!any(done)) {
+      window = begin_window();
+    }
     while (!any(done) && engine_->step()) {
     }
     end_window(sample, window);

@@ -11,17 +11,8 @@ import pathlib
 import random
 import sys
 
-SYLLABLES = ("ka mi ro ten va lu shi or en da bel tor ni sa gre mon ul fa rin kel os ta pe wi zan dor el ha jo by ce qua ist "
-             "um").split()
-CITIES = "Oslo Lima Kyoto Porto Turin Basel Quito Perth Delft Ghent Malmo Busan Hanoi Cairo Tunis Accra Leeds Omaha Boise Tampa".split()
-STATES = ["shipped", "pending", "paid", "refunded", "lost", "held"]
-TOOLS = {  # parameters, and how a user asks for it
-    "refund_order": (["order_id", "email", "amount"], "Refund order"),
-    "ship_order": (["order_id", "city", "customer"], "Ship order"),
-    "notify_customer": (["email", "status"], "Notify the customer of order"),
-    "update_record": (["order_id", "status", "code"], "Update the record of order"),
-    "open_ticket": (["customer", "order_id", "code"], "Open a ticket for order"),
-}
+from eval_texts import CITIES, STATES, SYLLABLES, TOOLS
+
 # name: (seed, records, tool, calls); the numbers of records put the documents a little above 8,000 and 16,000 tokens
 EXAMPLES = {
     "tool-calls-8k.txt": (8, 178, "refund_order", 12),

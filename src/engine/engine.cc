@@ -141,8 +141,7 @@ SeqId Engine::State::submit(Request request) {
       needs.host_extents > std::max(plan.host_extents, plan.store_extents)) {
     throw Error(
         "a sequence of {} tokens does not fit the KV pools; raise --device-memory, --host-memory or --kv-store, or "
-        "lower "
-        "max_tokens",
+        "lower max_tokens",
         length);
   }
   scheduler->enqueue(sequence->id, needs);

@@ -20,9 +20,6 @@ constexpr size_t kCodedSlots = 8;
 constexpr int kBatchPages = 4;
 static_assert(kBatchPages <= EncodeArgs::kMostPages);
 
-// Layers that land from a store at once.
-constexpr size_t kLandings = 3;
-
 // Before the pages of a part, in the ring: where each ends.
 size_t ends_bytes(int pages) {
   return (static_cast<size_t>(pages) * sizeof(uint32_t) + kResidualUnit - 1) / kResidualUnit * kResidualUnit;
@@ -38,13 +35,6 @@ size_t ring_bytes_for(const KvShape& shape, const WireOptions& options) {
 }
 size_t outgoing_bytes_for(const KvShape& shape) {
   return static_cast<size_t>(shape.layers) * kBatchPages * residual_bound(shape);
-}
-// Of a batch that leaves for a store, a layer's part.
-size_t leaving_bytes_for(const KvShape& shape, const WireOptions& options) {
-  return kBatchPages * stored_page_bound(shape, options.code);
-}
-size_t landing_bytes_for(const KvShape& shape, const WireOptions& options) {
-  return static_cast<size_t>(options.slot_pages) * stored_page_bound(shape, options.code);
 }
 
 }  // namespace
@@ -114,7 +104,6 @@ LaneWire::LaneWire(const KvShape& shape, const WireOptions& options, Device& dev
     : Wire(shape, options, options.code == ResidualCode::plain ? options.ring_layers : 1, device),
       in_(kernels.lane(Kernels::Place::wire_in)),
       out_(kernels.lane(Kernels::Place::wire_out)),
-      host_(host),
       slots_(coded() ? kCodedSlots : static_cast<size_t>(options.ring_layers)),
       mismatches_(host.allocate_array<uint32_t>(kCounters, "the wire's counters")) {
   if (coded()) {
@@ -126,13 +115,7 @@ LaneWire::LaneWire(const KvShape& shape, const WireOptions& options, Device& dev
     outgoing_ends_ = host.allocate_array<uint32_t>(static_cast<size_t>(shape.layers) * kBatchPages, "sizes");
   }
   if (options.stores) {
-    for (size_t i = 0; i < kLandings; ++i) {
-      landings_.push_back({.memory = host.allocate(landing_bytes_for(shape, options), "layers from a store")});
-    }
-    leaving_ =
-        host.allocate(static_cast<size_t>(shape.layers) * leaving_bytes_for(shape, options), "pages for a store");
-    reader_ = std::make_unique<JobThread>();
-    writer_ = std::make_unique<JobThread>();
+    port_ = std::make_unique<StorePort>(shape, options, kBatchPages, host, in_);
   }
   if (options.gbps > 0) {
     throw UsageError("--wire-gbps caps an imitated link; a GPU's link is the real one: leave the flag out");
@@ -140,8 +123,7 @@ LaneWire::LaneWire(const KvShape& shape, const WireOptions& options, Device& dev
 }
 
 LaneWire::~LaneWire() {
-  reader_.reset();
-  writer_.reset();
+  port_ = nullptr;
   in_.wait(in_.mark());
   out_.wait(out_.mark());
 }
@@ -158,10 +140,7 @@ size_t LaneWire::device_bytes(const KvShape& shape, const WireOptions& options) 
 
 size_t LaneWire::host_bytes(const KvShape& shape, const WireOptions& options) {
   const size_t tables = (kCounters + static_cast<size_t>(shape.layers) * kBatchPages) * sizeof(uint32_t) + 2 * 4096;
-  const auto aligned = [](size_t bytes) { return (bytes + 4095) / 4096 * 4096; };
-  return tables + (options.stores ? kLandings * aligned(landing_bytes_for(shape, options)) +
-                                        aligned(static_cast<size_t>(shape.layers) * leaving_bytes_for(shape, options))
-                                  : 0);
+  return tables + (options.stores ? StorePort::host_bytes(shape, options, kBatchPages) : 0);
 }
 
 std::shared_ptr<Fetch> LaneWire::fetch(std::vector<FetchPart> parts) {
@@ -179,33 +158,20 @@ std::shared_ptr<Fetch> LaneWire::fetch(std::vector<FetchPart> parts) {
   return fetch;
 }
 
-// Whether lanes reach the memory between them and a store by now: it may still be being pinned.
-bool LaneWire::reachable() {
-  const auto is_ready = [this](const std::byte* memory, size_t bytes) { return host_.ready(memory, bytes) >= bytes; };
-  reachable_ =
-      reachable_ || (is_ready(leaving_, static_cast<size_t>(shape_.layers) * leaving_bytes_for(shape_, options_)) &&
-                     std::all_of(landings_.begin(), landings_.end(), [&](const Landing& landing) {
-                       return is_ready(landing.memory, landing_bytes_for(shape_, options_));
-                     }));
-  return reachable_;
-}
-
 // Has the next layers read that lie in a store.
 void LaneWire::land() {
-  if (!reachable()) {
+  if (!port_->reachable()) {
     return;
   }
   for (const std::shared_ptr<LaneFetch>& fetch : fetches_) {
-    for (; landing_ < fetch->ticket(shape_.layers) && landing_ < sent_ + landings_.size(); ++landing_) {
-      Landing& to = landing(landing_);
+    while (port_->next() < fetch->ticket(shape_.layers) && port_->next() < sent_ + StorePort::kLandings) {
+      const int layer = static_cast<int>(port_->next() - fetch->ticket(0));
+      std::function<void(std::byte*)> read;
       if (fetch->in_store()) {
-        if (to.sent != 0 && !in_.reached(to.sent)) {
-          return;
-        }
-        const int layer = static_cast<int>(landing_ - fetch->ticket(0));
-        to.job = reader_->enqueue([fetch, layer, memory = to.memory] { fetch->land(layer, memory); });
-      } else {
-        to.job = 0;
+        read = [fetch, layer](std::byte* memory) { fetch->land(layer, memory); };
+      }
+      if (!port_->land(std::move(read))) {
+        return;
       }
     }
   }
@@ -213,11 +179,11 @@ void LaneWire::land() {
 
 // Whether the layer that is sent next is in the host's memory.
 bool LaneWire::landed() {
-  if (landings_.empty()) {
+  if (port_ == nullptr) {
     return true;
   }
   land();
-  return sent_ < landing_ && (landing(sent_).job == 0 || reader_->done(landing(sent_).job));
+  return port_->landed(sent_);
 }
 
 // Puts on the wire every layer that has room by then.
@@ -277,7 +243,7 @@ void LaneWire::send_layer(LaneFetch& fetch, int layer) {
   }
   linger(in_);
   size_t bytes = 0;
-  const std::byte* from_store = landings_.empty() ? nullptr : landing(sent_).memory;
+  const std::byte* from_store = port_ == nullptr ? nullptr : port_->memory(sent_);
   copies_.clear();
   for (const FetchPart& part : fetch.parts()) {
     if (part.pages == 0) {
@@ -305,8 +271,8 @@ void LaneWire::send_layer(LaneFetch& fetch, int layer) {
   to.begun = in_.mark();
   in_.copy(copies_);
   to.arrived = in_.mark();
-  if (!landings_.empty()) {
-    landing(sent_).sent = to.arrived;
+  if (port_ != nullptr) {
+    port_->sent(sent_, to.arrived);
   }
   fetch.sent(to.begun, to.arrived, bytes);
   bytes_in_.fetch_add(bytes, std::memory_order_relaxed);
@@ -318,7 +284,7 @@ bool LaneWire::arrived(const Fetch& fetch, int layer) {
 }
 
 void LaneWire::wait(const Fetch& fetch, int layer) {
-  while (!landings_.empty() && !ready(fetch, layer) && sent_ < released_ + slots_.size()) {
+  while (port_ != nullptr && !ready(fetch, layer) && sent_ < released_ + slots_.size()) {
     pump();
     std::this_thread::yield();
   }
@@ -394,7 +360,7 @@ void LaneWire::store(FullKv& full, int first, std::vector<const std::byte*> page
 void LaneWire::advance_stores() {
   while (!stores_.empty()) {
     Store& store = stores_.front();
-    if (store.full->in_store() && !reachable()) {
+    if (store.full->in_store() && !port_->reachable()) {
       return;
     }
     if (store.batch == 0) {
@@ -413,7 +379,7 @@ void LaneWire::advance_stores() {
       if (store.job == 0) {
         write_batch(store);
       }
-      if (!writer_->done(store.job)) {
+      if (!port_->written(store.job)) {
         return;
       }
     }
@@ -497,7 +463,7 @@ void LaneWire::copy_batch(Store& store) {
         }
       };
       if (full.in_store()) {
-        copy(leaving(layer) + (at - full.begin(layer, first)), at, page_size);
+        copy(port_->leaving(layer) + (at - full.begin(layer, first)), at, page_size);
       } else {
         full.for_each_piece(layer, at, at + page_size, copy);
       }
@@ -509,18 +475,14 @@ void LaneWire::copy_batch(Store& store) {
   store.copied = out_.mark();
 }
 
-std::byte* LaneWire::leaving(int layer) const {
-  return leaving_ + static_cast<size_t>(layer) * leaving_bytes_for(shape_, options_);
-}
-
 // What a store does not take is missing when it is read, and computed anew.
 void LaneWire::write_batch(Store& store) {
   FullKv& full = *store.full;
   const int first = store.first + store.done;
-  store.job = writer_->enqueue([this, &full, first, last = first + store.batch - 1] {
+  store.job = port_->write([this, &full, first, last = first + store.batch - 1] {
     for (int layer = 0; layer < shape_.layers; ++layer) {
       const size_t begin = full.begin(layer, first);
-      full.write(layer, begin, {leaving(layer), full.end(layer, last) - begin});
+      full.write(layer, begin, {port_->leaving(layer), full.end(layer, last) - begin});
     }
   });
 }

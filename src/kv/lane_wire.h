@@ -5,7 +5,7 @@
 #include <deque>
 #include <random>
 
-#include "kv/job_thread.h"
+#include "kv/store_port.h"
 #include "kv/wire.h"
 
 namespace vericache {
@@ -13,7 +13,7 @@ namespace vericache {
 // Plain pages are copied into staging slots. Encoded ones are copied into a ring of bytes; the lane that awaits a layer
 // decodes it into staging, so that one slot is enough and the ring's bytes are free again. On their way out pages are
 // encoded into a block of their own; when the host knows their sizes, they are copied to their places. What lies in a
-// store is read into host memory some layers ahead of its transfer, and written from there, by a thread each.
+// store comes and goes through a StorePort.
 class LaneWire final : public Wire {
  public:
   // host: what the engine's thread and the device both reach.
@@ -49,12 +49,6 @@ class LaneWire final : public Wire {
     Mark released = 0;
     Kernels* reader = nullptr;  // the lane that released it
   };
-  // A layer of a fetch on its way from a store to the host's memory.
-  struct Landing {
-    std::byte* memory = nullptr;  // its parts of a store, one behind the other
-    uint64_t job = 0;             // of reading it; 0: nothing of it is in a store
-    Mark sent = 0;                // wire lane: behind the last transfer from it
-  };
   struct Store {
     FullKv* full;
     int first;
@@ -72,7 +66,6 @@ class LaneWire final : public Wire {
   };
   bool coded() const { return options_.code != ResidualCode::plain; }
   void pump();
-  bool reachable();
   void land();
   bool landed();
   bool place(size_t bytes, Slot& slot) const;
@@ -83,18 +76,15 @@ class LaneWire final : public Wire {
   void begin_batch(Store& store);
   void encode_batch(Store& store);
   void copy_batch(Store& store);
-  std::byte* leaving(int layer) const;  // a layer's part of a batch
   void write_batch(Store& store);
   void end_batch(Store& store);
   void corrupt(const Store& store);
   void linger(Kernels& lane);
   Slot& slot(uint64_t ticket) { return slots_[ticket % slots_.size()]; }
   const Slot& slot(uint64_t ticket) const { return slots_[ticket % slots_.size()]; }
-  Landing& landing(uint64_t ticket) { return landings_[ticket % landings_.size()]; }
 
   Kernels& in_;
   Kernels& out_;
-  Device& host_;
   std::vector<Slot> slots_;
   std::deque<std::shared_ptr<LaneFetch>> fetches_;     // not wholly sent
   std::vector<std::shared_ptr<LaneFetch>> uncounted_;  // whose mismatches corrupt_blocks_ lacks
@@ -105,10 +95,6 @@ class LaneWire final : public Wire {
   std::byte* outgoing_ = nullptr;       // (layers, kBatchPages): encoded pages
   uint32_t* outgoing_sizes_ = nullptr;  // (kBatchPages, kv_heads)
   uint32_t* outgoing_ends_ = nullptr;   // (layers, kBatchPages): host memory that the device reaches
-  std::vector<Landing> landings_;       // none without a store
-  bool reachable_ = false;              // what lands or leaves is in memory that lanes reach by now
-  uint64_t landing_ = 0;                // tickets below have landed or are landing
-  std::byte* leaving_ = nullptr;        // (layers, kBatchPages): pages on their way to a store, host memory
   uint32_t* mismatches_;  // a ring of counters, one a part of a fetch; host memory that the device reaches
   uint64_t next_counter_ = 0;
   uint64_t next_ticket_ = 0;
@@ -117,8 +103,7 @@ class LaneWire final : public Wire {
   uint64_t stored_pages_ = 0;
   uint64_t changes_ = 0;
   std::minstd_rand random_;
-  std::unique_ptr<JobThread> reader_;  // last: they end before what they read and write
-  std::unique_ptr<JobThread> writer_;
+  std::unique_ptr<StorePort> port_;  // null without a store; last: its threads end before what they read and write
 };
 
 }  // namespace vericache
