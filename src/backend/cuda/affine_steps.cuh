@@ -49,12 +49,12 @@ __device__ inline void read_steps(const std::byte* part, const LanePlace& at, ui
                             : select_or(word >> (4 * i), 0x000f000fu, kBits == 8 ? kHighExponent : kLowExponent);
     }
     if constexpr (kBits == 8) {
-      // As they are read the high halves are 2048 more, the low ones 128; the middle is 128.
+      // As they are read the high halves are 2048 more, the low ones 128; the middle is 128. Every sum is exact.
       uint32_t low[4];
       unpack4(words[plane_bytes(4, kHeadDim) / 4], kLowExponent, low);
 #pragma unroll
       for (int i = 0; i < kLanePairs; ++i) {
-        pairs[i] = add_pairs(add_pairs(pairs[i], 0xc508c508u), add_pairs(low[i], 0xc300c300u));
+        pairs[i] = add_pairs(add_pairs(pairs[i], 0xc510c510u), low[i]);
       }
     }
   }

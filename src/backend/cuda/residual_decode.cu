@@ -56,10 +56,10 @@ struct DecodeMemory {
     plan.values_at = kPackedAt + plan.key_bytes;
     plan.tables_at = (plan.values_at + plan.value_bytes + kTableAlignment - 1) / kTableAlignment * kTableAlignment;
     if (form == Form::rotated) {
-      // The bases of V are made when the packed K has been read: they lie where that and the packed V do not.
+      // The bases of V are written when the packed K and V have been read, and lie where they lay.
       constexpr auto kBases = static_cast<uint32_t>(sizeof(RotatedBases<kHeadDim>));
-      plan.values_at = kPackedAt + (plan.key_bytes > kBases ? plan.key_bytes : kBases);
-      plan.tables_at = plan.values_at + plan.value_bytes;
+      const uint32_t packed = plan.key_bytes + plan.value_bytes;
+      plan.tables_at = kPackedAt + (packed > kBases ? packed : kBases);
       plan.bytes = plan.tables_at + static_cast<uint32_t>(sizeof(RotatedGroups<kHeadDim>));
       return plan;
     }

@@ -12,7 +12,8 @@ template <int kHeadDim>
 struct RotatedBases {
   uint4 rows[kHeadDim / 4][32];  // lanes in an order of their own
 
-  // Whole block; __syncthreads() before it is read.
+  // Whole block; `packed` may lie here: all of it has been read before anything is written. __syncthreads() before this is
+  // read.
   template <bool kKeys>
   __device__ void fill(int bits, const std::byte* packed, const RotatedGroups<kHeadDim>& groups) {
     const auto octet = static_cast<int>(threadIdx.x / 32);
@@ -23,6 +24,7 @@ struct RotatedBases {
     } else {
       value_bases<kHeadDim>(bits, packed, groups, octet, lane, pairs);
     }
+    __syncthreads();
 #pragma unroll
     for (int j = 0; j < kHeadDim / 32; ++j) {
       const int dim = 32 * j + lane;
@@ -66,8 +68,8 @@ __device__ inline void pack_rotated_row(const uint32_t (&bases)[kLanePairs], con
 }
 
 // The rows of K or V. packed: in shared memory, or nothing where the part is exact; put(row of the block, lane, its
-// values); values: of V, written when `packed` of K is no longer read, and read until the last row of V is. A whole
-// block of kOctets warps.
+// values); values: of V, written when neither `packed` is read any longer, where it may lie, and read until the last row
+// of V is. A whole block of kOctets warps.
 template <int kHeadDim, bool kKeys, typename Put>
 __device__ void decode_rotated(const BlockReader& block, const KvPart& format, const std::byte* packed,
                                const RotatedGroups<kHeadDim>& groups, RotatedBases<kHeadDim>& values, const Put& put) {
@@ -112,7 +114,6 @@ __device__ void decode_rotated(const BlockReader& block, const KvPart& format, c
       read_rows(at, fields);
     }
   } else {
-    __syncthreads();
     values.template fill<false>(format.bits, packed, groups);
     __syncthreads();
 #pragma unroll 1
