@@ -62,6 +62,7 @@ class ForwardingKernels : public Kernels {
   }
   void key_scores(const KeyScoreArgs& args) override { k_.key_scores(args); }
   void expected_attention(const ExpectedArgs& args) override { k_.expected_attention(args); }
+  void fit_rounding(const RoundingArgs& args) override { k_.fit_rounding(args); }
   void quantize(const QuantizeArgs& args) override { k_.quantize(args); }
   void gather(const GatherArgs& args) override { k_.gather(args); }
   void quantize_head_page(const std::byte* source, int tokens, const KvShape& shape, const KvFormat& format,

@@ -214,6 +214,9 @@ class SimulatedGpu {
     void expected_attention(const ExpectedArgs& args) override {
       push([args](Kernels& cpu, const PassRows&) { cpu.expected_attention(args); });
     }
+    void fit_rounding(const RoundingArgs& args) override {
+      push([args](Kernels& cpu, const PassRows&) { cpu.fit_rounding(args); });
+    }
     void quantize(const QuantizeArgs& args) override {
       push([args](Kernels& cpu, const PassRows&) { cpu.quantize(args); });
     }

@@ -192,6 +192,26 @@ struct BestArgs {
   int stride = 0;
 };
 
+// How rotated keys of a few bits are rounded (KvFormat::ldlq), made from some queries: what a channel loses to its code
+// is made up for by the channels that are rounded after it, as far as those queries look at both alike. LDLQ (Chee et
+// al. 2023, QuIP, section 3.1) with the second moment of the rotated queries in the place of that of a layer's inputs:
+// C + damping = L D L^T, and matrix[i][j] = L[j][i] is what channel i takes on of the error of channel j > i. Below,
+// and on the diagonal, lies C, so that more queries can join. Queries that are not finite leave all as it is.
+struct RoundingArgs {
+  KvShape shape{};
+  int heads = 0;
+  QueryRing queries{};
+  int rows = 0;            // of the ring
+  int position = 0;        // of the first of them
+  int known = 0;           // rows that the matrix was made from; of 0 it is not read
+  bf16* matrix = nullptr;  // (kv_heads, head_dim, head_dim)
+};
+inline constexpr float kRoundingDamping = 0.1f;       // of the mean of C's diagonal, added to all of it
+inline size_t rounding_bytes(const KvShape& shape) {  // of a layer's matrix
+  return sizeof(bf16) * static_cast<size_t>(shape.kv_heads) * static_cast<size_t>(shape.head_dim) *
+         static_cast<size_t>(shape.head_dim);
+}
+
 // Pages [first, first + count) of full KV, every KV head, into the same pages of `out` in its format.
 struct QuantizeArgs {
   KvShape shape{};
@@ -199,6 +219,7 @@ struct QuantizeArgs {
   int first = 0;
   int count = 0;
   KvView out{};
+  const bf16* rounding = nullptr;  // RoundingArgs::matrix, or null: every key to the nearest code
 };
 
 // Chosen tokens of full KV, gathered into out's pages in its format; the rest of a head's last page is zero.
@@ -210,6 +231,7 @@ struct GatherArgs {
   int count = 0;                // of every head; where counts is given, the most of one
   const int* counts = nullptr;  // (kv_heads), or null
   KvView out{};
+  const bf16* rounding = nullptr;  // as there
 };
 
 // Equal blocks of memory, one every `stride` bytes: pages to be proved.
@@ -324,6 +346,7 @@ class Kernels : public Lane {
   virtual void count_rows(const int* chosen, int count, int rows, int n, int* counts) = 0;
   virtual void key_scores(const KeyScoreArgs& args) = 0;
   virtual void expected_attention(const ExpectedArgs& args) = 0;
+  virtual void fit_rounding(const RoundingArgs& args) = 0;
   virtual void quantize(const QuantizeArgs& args) = 0;
   virtual void gather(const GatherArgs& args) = 0;
   // One bf16 head page of full KV. tokens < 64: the rest of the page counts as absent (its codes are zero). A page of

@@ -69,6 +69,8 @@ struct PageChoice {
   auto operator<=>(const PageChoice&) const = default;
 };
 
+inline constexpr int kMostLdlqBits = 4;  // keys of more bits are near enough to themselves
+
 // How the keys and values of a head page are stored.
 struct KvFormat {
   int key_bits = 16;
@@ -79,6 +81,8 @@ struct KvFormat {
   PageChoice choice{};
   VERICACHE_BOTH constexpr KvPart key() const { return KvPart(key_bits, code, outliers); }
   VERICACHE_BOTH constexpr KvPart value() const { return KvPart(value_bits, code, outliers); }
+  // Whether keys are rounded by LDLQ (RoundingArgs in kernels.h).
+  VERICACHE_BOTH constexpr bool ldlq() const { return rotated && key_bits <= kMostLdlqBits; }
   // Whether a page begins with its keys and values as computed; bounds may follow.
   bool exact() const { return key_bits == 16 && value_bits == 16; }
   auto operator<=>(const KvFormat&) const = default;

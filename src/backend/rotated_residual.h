@@ -18,6 +18,9 @@ namespace vericache {
 inline constexpr float kDeviationsAbove = 2.6f;
 inline constexpr float kDeviationsBelow = 1.75f;
 
+// LDLQ rounds keys (KvFormat::ldlq) less near than the nearest code is, by this factor of the variance.
+inline constexpr float kLdlqSpread = 1.15f;
+
 // How far the magnitudes of values lie from those of their bases: bits of bf16, neither negative nor infinite.
 struct RotatedReach {
   uint32_t above = 0;
@@ -126,7 +129,8 @@ class RotatedBase {
       const bool mixed = keys_ && i < head_dim_;
       const int first = mixed ? i / block * block : i;
       const int steps = mixed ? block : 1;
-      reach_.push_back(rotated_reach(rotation_sum(&squares[static_cast<size_t>(first)], steps), steps));
+      const float spread = keys_ && bits <= kMostLdlqBits ? kLdlqSpread : 1.0f;
+      reach_.push_back(rotated_reach(spread * rotation_sum(&squares[static_cast<size_t>(first)], steps), steps));
     }
     if (keys_) {
       rotate(groups.centres.data(), head_dim_);

@@ -47,6 +47,7 @@ struct Attended {
   int position = 0;  // of the first of them; they are consecutive
   RopeTable rope{};  // that turned them
   Notes notes{};
+  const bf16* rounding = nullptr;  // of this layer's keys (KeyRounding), or null
   // The last of them alone.
   Attended last(int most) const {
     Attended out = *this;

@@ -56,7 +56,8 @@ bool DroppingCompressor::compress(Kernels& kernels, const FullLayer& full, Token
                   .stride = choice.stride,
                   .count = choice.count,
                   .counts = choice.counts,
-                  .out = out.view()});
+                  .out = out.view(),
+                  .rounding = seen.rounding});
   return true;
 }
 

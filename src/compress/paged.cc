@@ -26,7 +26,7 @@ std::string PagedCompressor::name() const {
   return format_.code == KvCode::nuq ? fmt::format("{},outliers={}", bits, format_.outliers / 1000.0) : bits;
 }
 
-bool PagedCompressor::compress(Kernels& kernels, const FullLayer& full, TokenRange fresh, const Attended& /*seen*/,
+bool PagedCompressor::compress(Kernels& kernels, const FullLayer& full, TokenRange fresh, const Attended& seen,
                                ResidentLayer& out) {
   const KvShape& shape = full.shape;
   for (int head = 0; head < shape.kv_heads; ++head) {
@@ -39,7 +39,8 @@ bool PagedCompressor::compress(Kernels& kernels, const FullLayer& full, TokenRan
                     .full = full.kv,
                     .first = fresh.begin / kPageTokens,
                     .count = (fresh.end - fresh.begin) / kPageTokens,
-                    .out = out.view()});
+                    .out = out.view(),
+                    .rounding = seen.rounding});
   return true;
 }
 

@@ -2,7 +2,8 @@
 //   none   bf16 as computed
 //   kivi   affine codes, keys per channel, values per token; a group is the 64 tokens of a page (KIVI, Liu et al. 2024,
 //          sections 3 and 4)
-//   quarot kivi's codes of keys and values that were rotated (QuaRot, Ashkboos et al. 2024, section 4.3; rotation.h)
+//   quarot kivi's codes of keys and values that were rotated (QuaRot, Ashkboos et al. 2024, section 4.3; rotation.h),
+//          keys of up to 4 bits rounded by what queries ask of them (LDLQ; key_rounding.h)
 //   kvquant codes of levels that are fitted to each page, outliers apart (KVQuant, Hooper et al. 2024, sections 3.1 to
 //          3.4; nuq_codes.h says what is done without a calibration set)
 //   plane  the leading bits of every bf16, its exponent counted from the token's largest: what is missing are whole

@@ -95,6 +95,9 @@ CacheTrial::CacheTrial(const Transformer& model, Device& device, std::vector<std
           static_cast<size_t>(cache->report_values) * static_cast<size_t>(shape_.layers), "reports");
     }
     query_window_ = std::max(query_window_, compressor.query_window());
+    if (const size_t bytes = KeyRounding::bytes(compressor.format(), shape_); bytes > 0 && rounding_ == nullptr) {
+      rounding_ = std::make_unique<KeyRounding>(shape_, device.allocate(bytes, "the rounding of keys"));
+    }
     caches_.push_back(std::move(cache));
   }
   if (query_window_ > 0) {
@@ -176,9 +179,9 @@ void CacheTrial::run_exact(int position, int rows, int choices, bool reading) {
   model_.embed(pass, exact_activations_);
   for (int layer = 0; layer < shape_.layers; ++layer) {
     model_.layer(layer, pass, exact_activations_);
+    const QueryRing fed{exact_activations_.q, exact_activations_.log_sum_exp, rows, position};
     for (size_t i = 0; reading && i < caches_.size(); ++i) {
       if (caches_[i]->compressor->observes()) {
-        const QueryRing fed{exact_activations_.q, exact_activations_.log_sum_exp, rows, position};
         caches_[i]->compressor->observe(lane, {shape_, full_view(layer), layer},
                                         attended(*caches_[i], fed, position, position + rows, layer));
       }
@@ -186,6 +189,9 @@ void CacheTrial::run_exact(int position, int rows, int choices, bool reading) {
     if (reading && query_window_ > 0) {
       lane.keep_queries(exact_activations_.q, exact_activations_.log_sum_exp, model_.config().heads, shape_, pass,
                         layer);
+    }
+    if (reading && rounding_ != nullptr) {
+      rounding_->learn(lane, layer, model_.config().heads, fed, rows);
     }
     for (size_t i = 0; reading && i < caches_.size(); ++i) {
       compress(*caches_[i], layer, position + rows, choices > 0 && !replays(*caches_[i]));
@@ -215,7 +221,8 @@ Attended CacheTrial::attended(const Cache& cache, const QueryRing& queries, int 
           .rows = end - first,
           .position = first,
           .rope = model_.weights().rope,
-          .notes = notes};
+          .notes = notes,
+          .rounding = rounding_ == nullptr ? nullptr : rounding_->of(layer)};
 }
 
 // As a full pass does behind each layer: methods that choose among all tokens do so once, at the prompt's end.

@@ -9,6 +9,7 @@
 
 #include "backend/device.h"
 #include "compress/compressor.h"
+#include "compress/key_rounding.h"
 #include "engine/pass_cost.h"
 #include "engine/replay.h"
 #include "kv/page_pool.h"
@@ -92,7 +93,8 @@ class CacheTrial {
   std::unique_ptr<PagePool> tail_pool_;
   std::unique_ptr<Tail> tail_;  // the full KV, then what is decoded
   std::byte* queries_ = nullptr;
-  int query_window_ = 0;  // the widest
+  int query_window_ = 0;                   // the widest
+  std::unique_ptr<KeyRounding> rounding_;  // where any format is rounded so
   std::vector<std::unique_ptr<Cache>> caches_;
   std::vector<SequenceRows> rows_;  // (layers, sequences) of the pass that runs
   std::vector<LogitRow> choices_;

@@ -32,8 +32,8 @@ void plan_candidate(const Transformer& model, const EngineOptions& options, cons
     const size_t tail = static_cast<size_t>(plan.decode_sets) * page_set_bytes(shape);
     candidate.sequence_bytes =
         tail + plan.resident_bytes + plan.query_window_bytes + plan.sequence_notes_bytes(shape) + plan.index_bytes;
-    candidate.fixed_bytes =
-        plan.activation_bytes + plan.scratch_bytes + plan.staging_bytes + std::max(plan.tail_bytes, tail) - tail;
+    candidate.fixed_bytes = plan.activation_bytes + plan.scratch_bytes + plan.rounding_bytes + plan.staging_bytes +
+                            std::max(plan.tail_bytes, tail) - tail;
     if (plan.streaming) {
       candidate.wire_bytes = static_cast<size_t>(plan.max_len / kPageTokens) * page_set_bytes(shape);
     }
@@ -74,6 +74,42 @@ double measured_wire(Device& device, Kernels& kernels) {
   }
   return best;
 }
+
+// Bytes a second of reading device memory, seen in a copy within it; 0 where it has no room for one that no cache
+// holds.
+double measured_reading(Device& device, Kernels& kernels) {
+  constexpr size_t kLeast = size_t{64} << 20;
+  constexpr size_t kMost = size_t{256} << 20;
+  constexpr int kTimes = 3;
+  const size_t bytes = std::min(kMost, device.available() / 4 / 4096 * 4096);
+  if (bytes < kLeast) {
+    return 0;
+  }
+  std::byte* from = device.allocate(2 * bytes, "the blocks that measure device memory");
+  const BlockCopy copy{from + bytes, from, bytes};
+  Kernels& lane = kernels.lane(Kernels::Place::pass);
+  double best = 0;
+  for (int time = 0; time < kTimes; ++time) {
+    const Mark begin = lane.mark();
+    lane.copy({&copy, 1});
+    const Mark end = lane.mark();
+    lane.wait(end);
+    best = std::max(best, static_cast<double>(2 * bytes) / std::max(lane.seconds(begin, end), 1e-9));
+  }
+  return best;
+}
+
+// What the probe measured is of a context of `probed` tokens, and all rows of a scored step read one cache. Sequences
+// of `tokens` tokens read one each: that takes as much longer as it is longer, and no less than reading it does.
+struct ContextStretch {
+  double tokens = 0;
+  double probed = 0;
+  double bytes_per_second = 0;  // 0: not known
+  double seconds(double bytes) const { return bytes_per_second > 0 ? bytes / bytes_per_second : 0; }
+  double draft_row(double measured, double resident_bytes) const {
+    return std::max(measured * std::max(tokens / probed, 1.0), seconds(resident_bytes));
+  }
+};
 
 // A trial over the end of the longest prompt: as much of it as the memory holds beside all that the candidates keep.
 struct OpenTrial {
@@ -140,6 +176,7 @@ ProbeReport probe_compressors(const Transformer& model, const EngineOptions& opt
     longest = std::max(longest, static_cast<int>(prompt.size()));
     mean_tokens += static_cast<double>(prompt.size()) / static_cast<double>(request.prompts.size());
   }
+  double reading = 0;
   const bool fixed_horizon = options.horizon != EngineOptions::kAdaptive;
   DecodingCircumstances& here = report.circumstances;
   here.sequences = options.max_sequences;
@@ -155,6 +192,7 @@ ProbeReport probe_compressors(const Transformer& model, const EngineOptions& opt
       report.candidates.push_back(std::move(candidate));
     }
     const double cap = options.wire_gbps * 1e9;
+    reading = measured_reading(*device, model.kernels());
     const double measured = measured_wire(*device, model.kernels());
     here.wire_bytes_per_second = cap > 0 && measured > 0 ? std::min(cap, measured) : std::max(cap, measured);
   }
@@ -173,7 +211,15 @@ ProbeReport probe_compressors(const Transformer& model, const EngineOptions& opt
       const size_t tokens = std::min(prompt.size(), static_cast<size_t>(open.prompt_tokens));
       score(*open.trial, std::span(prompt).last(tokens), request, scored, drafting);
     }
-    here.verify_base = open.trial->exact_cost().base();
+    const ContextStretch stretch{mean_tokens, static_cast<double>(open.prompt_tokens), reading};
+    const KvShape shape = model.kv_shape();
+    for (CompressorCandidate& candidate : drafting) {
+      const size_t resident = make_compressor(candidate.name)->resident_bytes(static_cast<int>(mean_tokens), shape);
+      candidate.draft_row = stretch.draft_row(candidate.draft_row, static_cast<double>(resident));
+    }
+    const double token_bytes = static_cast<double>(page_set_bytes(shape)) / kPageTokens;
+    here.verify_base =
+        open.trial->exact_cost().base() + stretch.seconds(std::max(stretch.tokens - stretch.probed, 0.0) * token_bytes);
     here.verify_row = open.trial->exact_cost().per_row();
     if (open.prompt_tokens < most_tokens) {
       shortened =

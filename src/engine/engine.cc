@@ -57,6 +57,9 @@ Engine::State::State(const Transformer& model, Device& device, std::unique_ptr<C
   if (plan.scratch_bytes > 0) {
     compressor->set_scratch(device.allocate(plan.scratch_bytes, "the compressor's scratch"));
   }
+  if (plan.rounding_bytes > 0) {
+    key_rounding = std::make_unique<KeyRounding>(shape, device.allocate(plan.rounding_bytes, "the rounding of keys"));
+  }
   tail_pool = make_pool(device, page_set_bytes(shape), plan.tail_sets, "the tail");
   if (compressor != nullptr) {
     resident_pool = make_pool(device, head_page_bytes(compressor->format(), shape), plan.resident_pages, "resident KV");

@@ -9,8 +9,9 @@
 
 namespace vericache {
 
-FullPass::FullPass(const Transformer& model, Compressor* compressor, Wire* wire, std::vector<FullPassMember> members)
-    : model_(model), compressor_(compressor), wire_(wire), members_(std::move(members)) {
+FullPass::FullPass(const Transformer& model, Compressor* compressor, KeyRounding* rounding, Wire* wire,
+                   std::vector<FullPassMember> members)
+    : model_(model), compressor_(compressor), rounding_(rounding), wire_(wire), members_(std::move(members)) {
   std::vector<FetchPart> parts;
   int staged = 0;
   for (FullPassMember& member : members_) {
@@ -160,6 +161,9 @@ void FullPass::run_layer(Activations& activations) {
     if (compressor_->query_window() > 0) {
       lane.keep_queries(activations.q, activations.log_sum_exp, model_.config().heads, model_.kv_shape(), pass_, layer);
     }
+    for (size_t i = 0; rounding_ != nullptr && i < members_.size(); ++i) {
+      rounding_->learn(lane, layer, model_.config().heads, fed_queries(members_[i], activations), members_[i].rows());
+    }
     for (size_t i = 0; i < members_.size(); ++i) {
       if (!members_[i].corrupt) {
         compress(members_[i], pass_.layer(layer)[i], layer, lane);
@@ -184,7 +188,8 @@ Attended FullPass::attended(const Sequence& sequence, const QueryRing& queries, 
           .rows = end - first,
           .position = first,
           .rope = model_.weights().rope,
-          .notes = notes};
+          .notes = notes,
+          .rounding = rounding_ == nullptr ? nullptr : rounding_->of(layer)};
 }
 
 // The queries of a member's rows as the pass has them.

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "compress/compressor.h"
+#include "compress/key_rounding.h"
 #include "engine/replay.h"
 #include "engine/scheduler.h"
 #include "engine/sequence.h"
@@ -48,8 +49,10 @@ struct PassResults {
 
 class FullPass {
  public:
-  // Opens the pass: the residuals of its members go on the wire now. wire is null when the full KV stays on the device.
-  FullPass(const Transformer& model, Compressor* compressor, Wire* wire, std::vector<FullPassMember> members);
+  // Opens the pass: the residuals of its members go on the wire now. wire is null when the full KV stays on the device,
+  // rounding where no keys are rounded so.
+  FullPass(const Transformer& model, Compressor* compressor, KeyRounding* rounding, Wire* wire,
+           std::vector<FullPassMember> members);
 
   // Every deciding member has drafted what its horizon asks for, or what there is room for.
   bool members_ready() const;
@@ -93,6 +96,7 @@ class FullPass {
 
   const Transformer& model_;
   Compressor* compressor_;
+  KeyRounding* rounding_;
   Wire* wire_;
   std::vector<FullPassMember> members_;
   std::shared_ptr<Fetch> fetch_;

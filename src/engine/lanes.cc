@@ -154,7 +154,8 @@ void Engine::State::open_pass(std::span<const PassMember> members) {
          .past_pages = member.past_pages});
   }
   if (!accepted.empty()) {
-    passes.push_back(std::make_unique<FullPass>(model, compressor.get(), wire.get(), std::move(accepted)));
+    passes.push_back(
+        std::make_unique<FullPass>(model, compressor.get(), key_rounding.get(), wire.get(), std::move(accepted)));
   }
 }
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "base/error.h"
+#include "compress/key_rounding.h"
 #include "kv/host_tier.h"
 #include "kv/tail.h"
 #include "kv/wire.h"
@@ -48,8 +49,7 @@ MemoryPlan fixed_sizes(const Transformer& model, const Compressor* compressor, c
   }
   if (compressor != nullptr) {
     plan.scratch_bytes = compressor->scratch_bytes(plan.max_len, shape);
-  }
-  if (compressor != nullptr) {
+    plan.rounding_bytes = KeyRounding::bytes(compressor->format(), shape);
     plan.notes_bytes = (compressor->notes_bytes(plan.max_len, shape) + 63) / 64 * 64;
     plan.report_values = compressor->report_values(shape);
   }
@@ -94,6 +94,7 @@ MemoryPlan plan_memory(const Transformer& model, const Compressor* compressor, c
   plan.index_bytes = aligned(plan.tail_index_bytes +
                              ResidentIndex::bytes(shape, plan.resident_head_pages, plan.chosen_stride, mirrored));
   const size_t fixed = aligned(plan.activation_bytes) + aligned(plan.tail_bytes) + aligned(plan.scratch_bytes) +
+                       aligned(plan.rounding_bytes) +
                        sequences * (plan.query_window_bytes + plan.sequence_notes_bytes(shape) + plan.index_bytes);
 
   const KvFormat format = compressor == nullptr ? KvFormat{} : compressor->format();

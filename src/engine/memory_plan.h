@@ -31,6 +31,7 @@ struct MemoryPlan {
   int resident_head_pages = 0;    // pages that a head may hold
   int chosen_stride = 0;          // tokens that a head may keep where some are dropped, else 0
   size_t scratch_bytes = 0;       // of the compressor
+  size_t rounding_bytes = 0;      // of keys (KeyRounding)
   size_t activation_bytes = 0;
   size_t tail_bytes = 0;
   size_t staging_bytes = 0;

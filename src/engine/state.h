@@ -10,6 +10,7 @@
 #include <span>
 #include <vector>
 
+#include "compress/key_rounding.h"
 #include "engine/engine.h"
 #include "engine/full_pass.h"
 #include "engine/memory_plan.h"
@@ -70,6 +71,7 @@ struct Engine::State {
   const Transformer& model;
   Device& device;
   std::unique_ptr<Compressor> compressor;
+  std::unique_ptr<KeyRounding> key_rounding;  // where its format is rounded so
   EngineOptions options;
   MemoryPlan plan;
   KvShape shape;

@@ -19,17 +19,23 @@ namespace {
 
 constexpr int kTokens = 2560;
 
-// Keeps the bf16 pages that pass through it, layer by layer.
+// What of a trained model's KV is measured: bf16 pages by (layer, page), and what keys are rounded by, by layer.
+struct Recorded {
+  std::map<std::pair<int, int>, std::vector<bf16>> pages;
+  std::map<int, std::vector<bf16>> rounding;
+};
+
+// Keeps what passes through it, layer by layer.
 class Recorder final : public Compressor {
  public:
-  Recorder(std::map<std::pair<int, int>, std::vector<bf16>>& pages) : pages_(pages) {}
+  explicit Recorder(Recorded& recorded) : recorded_(recorded) {}
   std::string name() const override { return inner_.name(); }
   KvFormat format() const override { return inner_.format(); }
   bool compress(Kernels& kernels, const FullLayer& full, TokenRange fresh, const Attended& seen,
                 ResidentLayer& out) override {
     const size_t head_bytes = head_page_bytes(KvFormat{}, full.shape);
     for (int page = fresh.begin / kPageTokens; page < fresh.end / kPageTokens; ++page) {
-      std::vector<bf16>& to = pages_[{full.layer, page}];
+      std::vector<bf16>& to = recorded_.pages[{full.layer, page}];
       to.resize(page_bytes(full.shape) / sizeof(bf16));
       const int past = full.kv.tail_position / kPageTokens;
       for (int head = 0; head < full.shape.kv_heads; ++head) {
@@ -38,12 +44,13 @@ class Recorder final : public Compressor {
         std::memcpy(reinterpret_cast<std::byte*>(to.data()) + static_cast<size_t>(head) * head_bytes, from, head_bytes);
       }
     }
+    recorded_.rounding[full.layer].assign(seen.rounding, seen.rounding + rounding_bytes(full.shape) / sizeof(bf16));
     return inner_.compress(kernels, full, fresh, seen, out);
   }
 
  private:
-  PagedCompressor inner_{KvFormat{4, 4}};
-  std::map<std::pair<int, int>, std::vector<bf16>>& pages_;
+  PagedCompressor inner_{KvFormat{4, 4, KvCode::affine, true}};
+  Recorded& recorded_;
 };
 
 double entropy(const std::map<int, int64_t>& counts) {
@@ -70,18 +77,29 @@ struct Measured {
   std::map<int, int64_t> exponents;
 };
 void measure(Kernels& kernels, const KvShape& shape, const KvFormat& format, ResidualCode code,
-             const std::vector<bf16>& page, Measured& out) {
+             const std::vector<bf16>& page, const std::vector<bf16>& rounding, Measured& out) {
   const auto heads = static_cast<size_t>(shape.kv_heads);
   const size_t head_bytes = head_page_bytes(KvFormat{}, shape);
   const size_t packed_bytes = head_page_bytes(format, shape);
   const auto* plain = reinterpret_cast<const std::byte*>(page.data());
   std::vector<std::byte> packed(heads * packed_bytes);
   std::vector<bf16> back(head_bytes / sizeof(bf16));
+  std::vector<std::byte*> full_table;
   std::vector<std::byte*> table;
   for (size_t head = 0; head < heads; ++head) {
+    full_table.push_back(const_cast<std::byte*>(plain) + head * head_bytes);
     table.push_back(packed.data() + head * packed_bytes);
-    kernels.quantize_head_page(plain + head * head_bytes, kPageTokens, shape, format, table.back());
-    kernels.dequantize_head_page(table.back(), shape, format, reinterpret_cast<std::byte*>(back.data()));
+  }
+  const KvView full{.format = {}, .head_pages = full_table.data(), .page_stride = 1, .tokens = nullptr};
+  const KvView resident{.format = format, .head_pages = table.data(), .page_stride = 1, .tokens = nullptr};
+  kernels.quantize({.shape = shape,
+                    .full = {full, full, kPageTokens},
+                    .first = 0,
+                    .count = 1,
+                    .out = resident,
+                    .rounding = rounding.data()});
+  for (size_t head = 0; head < heads; ++head) {
+    kernels.dequantize_head_page(table[head], shape, format, reinterpret_cast<std::byte*>(back.data()));
     for (size_t i = 0; i < back.size(); ++i) {
       const bf16 value = page[head * back.size() + i];
       const bool key = i * sizeof(bf16) < key_page_bytes(KvPart{}, shape);
@@ -94,7 +112,7 @@ void measure(Kernels& kernels, const KvShape& shape, const KvFormat& format, Res
   kernels.encode({.shape = shape,
                   .code = code,
                   .pages = {&plain, 1},
-                  .resident = {.format = format, .head_pages = table.data(), .page_stride = 1, .tokens = nullptr},
+                  .resident = resident,
                   .first = 0,
                   .sizes = nullptr,
                   .out = coded.data(),
@@ -118,12 +136,13 @@ TEST(ResidualBits, OfATrainedModelsKvAreWithinTheirTargets) {
   ASSERT_GT(prompt.size(), static_cast<size_t>(kTokens));
   prompt.resize(kTokens);
 
-  std::map<std::pair<int, int>, std::vector<bf16>> pages;
+  Recorded recorded;
+  const auto& pages = recorded.pages;
   EngineOptions options;
   options.horizon = 1;
   options.max_model_len = kTokens + 8;
   const auto device = test::make_test_device();
-  Engine engine(*loaded.model, *device, std::make_unique<Recorder>(pages), options);
+  Engine engine(*loaded.model, *device, std::make_unique<Recorder>(recorded), options);
   Request request;
   request.prompt = prompt;
   request.max_tokens = 2;
@@ -167,7 +186,7 @@ TEST(ResidualBits, OfATrainedModelsKvAreWithinTheirTargets) {
     Measured measured;
     for (const auto& [place, page] : pages) {
       measure(*loaded.kernels, shape, target.format, lossless ? ResidualCode::lossless : ResidualCode::resident, page,
-              measured);
+              recorded.rounding.at(place.first), measured);
     }
     const double bits = 8 * static_cast<double>(measured.bytes) / all_values;
     fmt::print("{:10} {:6.2f} bits a value on the wire; entropy of the residual {:5.2f} keys, {:5.2f} values; {}\n",

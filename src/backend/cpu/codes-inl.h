@@ -64,7 +64,7 @@ inline void write_plane(const uint32_t (&codes)[2][kPanel], const PartLayout& la
     constexpr uint32_t kMask = (1u << kWidth) - 1;
     auto* target = reinterpret_cast<uint8_t*>(out + plane_offset(layout, kWidth) + row_offset(kWidth, row));
     const int shift = row_shift(kWidth, row);
-    const uint32_t kept = shift == 0 ? 0 : 0xffu;
+    const uint32_t kept = ~(((1u << 2 * kWidth) - 1) << shift);  // of the rows that share the byte
     for (int lane = 0; lane < kPanel; ++lane) {
       const uint32_t first = codes[0][lane] >> kLeft & kMask;
       const uint32_t second = codes[1][lane] >> kLeft & kMask;
@@ -77,7 +77,7 @@ inline void write_plane(const uint32_t (&codes)[2][kPanel], const PartLayout& la
     }
   }
 }
-// codes: of the first and of the second values of a row. Rows that share bytes are written in rising order.
+// codes: of the first and of the second values of a row.
 template <int kBits>
 inline void write_codes(const uint32_t (&codes)[2][kPanel], const PartLayout& layout, int row, std::byte* out) {
   write_plane<kBits, 8>(codes, layout, row, out);

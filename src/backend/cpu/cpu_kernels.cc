@@ -11,6 +11,7 @@
 
 #include "backend/cpu/attention.h"
 #include "backend/cpu/blocks.h"
+#include "backend/cpu/key_rounding.h"
 #include "backend/cpu/packing.h"
 #include "backend/cpu/products.h"
 #include "backend/cpu/residuals.h"
@@ -116,6 +117,7 @@ class CpuKernels final : public Kernels {
   }
   void key_scores(const KeyScoreArgs& args) override { token_scores_.keys(args); }
   void expected_attention(const ExpectedArgs& args) override { token_scores_.expected(args); }
+  void fit_rounding(const RoundingArgs& args) override { fit_key_rounding(args, pool_); }
   void quantize(const QuantizeArgs& args) override { packing_.quantize(args); }
   void gather(const GatherArgs& args) override { packing_.gather(args); }
   void quantize_head_page(const std::byte* source, int tokens, const KvShape& shape, const KvFormat& format,

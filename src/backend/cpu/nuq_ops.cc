@@ -49,7 +49,8 @@ void write_rows(const NuqEncoder& encoder, const PartLayout& layout, std::byte* 
   }
 }
 
-void quantize(const bf16* source, const PartLayout& layout, int lane_limit, int value_limit, std::byte* out) {
+void quantize(const bf16* source, const PartLayout& layout, int lane_limit, int value_limit,
+              const HeadRounding& /*rounding*/, std::byte* out) {
   const NuqEncoder encoder(source, layout, layout.keys ? lane_limit : value_limit, out + layout.code_bytes());
   for_bits(layout.part.bits, [&]<int kBits>() { write_rows<kBits>(encoder, layout, out); });
 }

@@ -16,6 +16,11 @@ size_t lines(size_t bytes) {
   return (bytes + kLine - 1) / kLine * kLine;
 }
 
+HeadRounding of_head(const bf16* rounding, const KvShape& shape, int head) {
+  return rounding == nullptr ? HeadRounding{}
+                             : HeadRounding{rounding + head * shape.head_dim * shape.head_dim, shape.head_dim};
+}
+
 const std::byte* full_page(const LayerKv& full, int head, int page) {
   const int past_pages = full.tail_position / kPageTokens;
   return page < past_pages ? full.past.head_page(head, page) : full.tail.head_page(head, page - past_pages);
@@ -113,7 +118,7 @@ void Packing::quantize(const QuantizeArgs& args) {
     const int head = i % heads;
     const int page = args.first + i / heads;
     quantize_head_page(full_page(args.full, head, page), kPageTokens, args.shape, args.out.format,
-                       args.out.head_page(head, page));
+                       args.out.head_page(head, page), of_head(args.rounding, args.shape, head));
   });
 }
 
@@ -141,7 +146,7 @@ void Packing::gather_page(const GatherArgs& args, int head, int page) {
     copy_token(full_page(args.full, head, chosen[i] / kPageTokens), chosen[i] % kPageTokens, gathered, i, shape_);
   }
   if (!exact) {
-    quantize_head_page(gathered, count, shape_, args.out.format, target);
+    quantize_head_page(gathered, count, shape_, args.out.format, target, of_head(args.rounding, shape_, head));
   } else if (args.out.format.choice.bounded) {
     write_key_bounds(reinterpret_cast<const bf16*>(target), count, shape_,
                      target + key_bounds_offset(args.out.format, shape_));
@@ -149,7 +154,7 @@ void Packing::gather_page(const GatherArgs& args, int head, int page) {
 }
 
 void Packing::quantize_head_page(const std::byte* source, int tokens, const KvShape& shape, const KvFormat& format,
-                                 std::byte* out) const {
+                                 std::byte* out, const HeadRounding& rounding) const {
   const FlushDenormals flush;
   if (format.choice.bounded) {
     write_key_bounds(reinterpret_cast<const bf16*>(source), tokens, shape, out + key_bounds_offset(format, shape));
@@ -167,13 +172,15 @@ void Packing::quantize_head_page(const std::byte* source, int tokens, const KvSh
   if (format.key_bits == 16) {
     std::memcpy(out, source, key_page_bytes(KvPart{}, shape));
   } else {
-    ops_.of(format.key()).quantize(keys, key_layout(format, shape), tokens, shape.key_dim(), out);
+    ops_.of(format.key())
+        .quantize(keys, key_layout(format, shape), tokens, shape.key_dim(), format.ldlq() ? rounding : HeadRounding{},
+                  out);
   }
   if (format.value_bits == 16) {
     std::memcpy(out_values, values, value_page_bytes(KvPart{}, shape));
   } else {
     ops_.of(format.value())
-        .quantize(reinterpret_cast<const bf16*>(values), value_layout(format, shape), shape.head_dim, tokens,
+        .quantize(reinterpret_cast<const bf16*>(values), value_layout(format, shape), shape.head_dim, tokens, {},
                   out_values);
   }
 }

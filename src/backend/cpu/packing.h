@@ -17,7 +17,7 @@ class Packing {
   void gather(const GatherArgs& args);
   // As Kernels of the same names; any thread.
   void quantize_head_page(const std::byte* source, int tokens, const KvShape& shape, const KvFormat& format,
-                          std::byte* out) const;
+                          std::byte* out, const HeadRounding& rounding = {}) const;
   void dequantize_head_page(const std::byte* source, const KvShape& shape, const KvFormat& format,
                             std::byte* out) const;
 

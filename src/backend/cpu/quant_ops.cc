@@ -8,6 +8,7 @@
 #include <hwy/highway.h>
 
 #include <limits>
+#include <vector>
 
 #include "backend/cpu/codes-inl.h"
 #include "backend/cpu/simd.h"
@@ -59,9 +60,42 @@ HWY_INLINE Words encode(Floats x, const Affine& affine, int bits) {
   return hn::BitCast(U32(), hn::NearestInt(clamped));
 }
 
+HWY_INLINE Floats stands_for(Words code, const Affine& affine) {
+  const F32 d;
+  return hn::MulAdd(hn::ConvertTo(d, hn::BitCast(I32(), code)), hn::Set(d, affine.scale), hn::Set(d, affine.minimum));
+}
+
+// What the channels of a page's keys have lost to their codes so far, the last channel first.
+class KeyErrors {
+ public:
+  explicit KeyErrors(const HeadRounding& rounding)
+      : rounding_(rounding), errors_(static_cast<size_t>(rounding.dims) * kPageTokens) {}
+
+  bool any(int dim) const { return dim < rounding_.dims; }
+  // What a channel takes on of those behind it, tokens `token` and on.
+  HWY_INLINE Floats taken(int dim, int token) const {
+    const F32 d;
+    Floats sum = hn::Zero(d);
+    const bf16* shares = rounding_.matrix + dim * rounding_.dims;
+    for (int from = dim + 1; from < rounding_.dims; ++from) {
+      sum = hn::MulAdd(hn::LoadU(d, at(from, token)), hn::Set(d, to_float(shares[from])), sum);
+    }
+    return sum;
+  }
+  HWY_INLINE void put(int dim, int token, Floats error) { hn::StoreU(error, F32(), at(dim, token)); }
+
+ private:
+  const float* at(int dim, int token) const { return errors_.data() + dim * kPageTokens + token; }
+  float* at(int dim, int token) { return errors_.data() + dim * kPageTokens + token; }
+
+  HeadRounding rounding_;
+  std::vector<float> errors_;  // (dims, tokens)
+};
+
+// errors: of the pairs behind this one; none where all is rounded to the nearest.
 template <int kBits>
 void quantize_pair(const bf16* source, const PartLayout& layout, int pair, int lane_limit, int value_limit,
-                   std::byte* out) {
+                   KeyErrors& errors, std::byte* out) {
   const auto [part, panels, pairs, keys] = layout;
   constexpr int bits = kBits;
   const F32 d;
@@ -96,10 +130,19 @@ void quantize_pair(const bf16* source, const PartLayout& layout, int pair, int l
     for (int lane = 0; lane < kPanel; lane += kLanes) {
       const auto mask = hn::RebindMask(U32(), present(panel, lane, lane_limit));
       const Words words = load(panel, lane);
-      const Words first = held[0] ? encode(first_of_pair(words), affine[0], bits) : hn::Zero(U32());
-      const Words second = held[1] ? encode(second_of_pair(words), affine[1], bits) : hn::Zero(U32());
-      hn::Store(hn::IfThenElseZero(mask, first), U32(), codes[0] + lane);
-      hn::Store(hn::IfThenElseZero(mask, second), U32(), codes[1] + lane);
+      const Floats x[2] = {first_of_pair(words), second_of_pair(words)};
+      for (int e = 1; e >= 0; --e) {
+        const int value = 2 * pair + e;
+        const int at = panel * kPanel + lane;
+        Words code = hn::Zero(U32());
+        if (errors.any(value)) {
+          code = encode(hn::Add(x[e], errors.taken(value, at)), affine[e], bits);
+          errors.put(value, at, hn::Sub(x[e], stands_for(code, affine[e])));
+        } else if (held[e]) {
+          code = encode(x[e], affine[e], bits);
+        }
+        hn::Store(hn::IfThenElseZero(mask, code), U32(), codes[e] + lane);
+      }
     }
     write_codes<kBits>(codes, layout, panel * pairs + pair, out);
   }
@@ -128,18 +171,18 @@ void for_bits(int bits, const Run& run) {
   }
 }
 
-void quantize(const bf16* source, const PartLayout& layout, int lane_limit, int value_limit, std::byte* out) {
+void quantize(const bf16* source, const PartLayout& layout, int lane_limit, int value_limit,
+              const HeadRounding& rounding, std::byte* out) {
+  KeyErrors errors(rounding);
   for_bits(layout.part.bits, [&](auto bits) {
-    for (int pair = 0; pair < layout.pairs; ++pair) {
-      quantize_pair<decltype(bits)::kValue>(source, layout, pair, lane_limit, value_limit, out);
+    for (int pair = layout.pairs - 1; pair >= 0; --pair) {
+      quantize_pair<decltype(bits)::kValue>(source, layout, pair, lane_limit, value_limit, errors, out);
     }
   });
 }
 
 HWY_INLINE Words decode(Words code, const Affine& affine) {
-  const F32 d;
-  const Floats step = hn::ConvertTo(d, hn::BitCast(I32(), code));
-  return round_finite_to_bf16(hn::MulAdd(step, hn::Set(d, affine.scale), hn::Set(d, affine.minimum)));
+  return round_finite_to_bf16(stands_for(code, affine));
 }
 
 template <int kBits>

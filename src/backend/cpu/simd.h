@@ -119,10 +119,17 @@ inline int row_shift(int width, int row) {
   }
 }
 
+// How the keys of a head are rounded: its part of RoundingArgs::matrix, (dims, dims); null: to the nearest code.
+struct HeadRounding {
+  const bf16* matrix = nullptr;
+  int dims = 0;
+};
+
 struct PartOps {
   // Lanes from lane_limit on (counted over the panels) and value indices from value_limit on are absent: their codes
-  // are zero.
-  void (*quantize)(const bf16* source, const PartLayout& layout, int lane_limit, int value_limit, std::byte* out);
+  // are zero. rounding: of affine codes of keys.
+  void (*quantize)(const bf16* source, const PartLayout& layout, int lane_limit, int value_limit,
+                   const HeadRounding& rounding, std::byte* out);
   // `next`, if not null, is the part that will be read after this one; it is fetched as the work goes.
   void (*dequantize)(const std::byte* source, const PartLayout& layout, bf16* out, const std::byte* next);
 };

@@ -217,7 +217,8 @@ void for_part(const KvPart& part, const Run& run) {
   }
 }
 
-void quantize(const bf16* source, const PartLayout& layout, int lane_limit, int value_limit, std::byte* out) {
+void quantize(const bf16* source, const PartLayout& layout, int lane_limit, int value_limit,
+              const HeadRounding& /*rounding*/, std::byte* out) {
   for_part(layout.part,
            [&]<int kBits, KvCode kCode>() { quantize_as<kBits, kCode>(source, layout, lane_limit, value_limit, out); });
 }

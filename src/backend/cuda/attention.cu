@@ -292,7 +292,7 @@ void launch_tiles(const TileArgs& args, int tiles, cudaStream_t stream) {
   constexpr TileClass kClass = kTileClasses[Class];
   constexpr int kBytes = sizeof(TileMemory<HeadDim, kClass.warps, kClass.m_tiles>);
   auto* kernel = attention_kernel<HeadDim, kClass.warps, kClass.m_tiles, kClass.blocks>;
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes), "attention");
+  allow_shared(kernel, kBytes, "attention");
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100), "attention");
   kernel<<<static_cast<unsigned>(tiles) * static_cast<unsigned>(args.kv_heads), kClass.warps * 32, kBytes, stream>>>(
       args);

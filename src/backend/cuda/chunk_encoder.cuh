@@ -3,6 +3,7 @@
 #pragma once
 
 #include "backend/cuda/chunk_layout.h"
+#include "backend/cuda/key_rounding.cuh"
 #include "backend/cuda/nuq_encoder.cuh"
 #include "backend/cuda/page_encoder.cuh"
 #include "backend/cuda/rotation.cuh"
@@ -180,7 +181,7 @@ struct ChunkEncoder {
 // K or V of the page, by the whole block; what the part before it left in shared memory is still being read.
 template <int kHeadDim, bool kKeys>
 __device__ void encode_chunks(SharedPage<kHeadDim>& page, NuqMemory<kHeadDim>& nuq, int held, const KvPart& part,
-                              std::byte* out) {
+                              const bf16* rounding, std::byte* out) {
   ChunkEncoder<kHeadDim> chunks{page, nuq, held, part};
   Encoder<kHeadDim> affine{page, held};
   if (part.by_token()) {
@@ -196,6 +197,7 @@ __device__ void encode_chunks(SharedPage<kHeadDim>& page, NuqMemory<kHeadDim>& n
     NuqPartEncoder<kHeadDim, kKeys>{page, nuq, held, part}.fit_part(out);
   } else if (kKeys) {
     affine.fit_keys(part.bits, out);
+    round_keys_by<kHeadDim>(page, part.bits, rounding, out);
   } else {
     affine.measure_values();
     __syncthreads();
@@ -205,42 +207,56 @@ __device__ void encode_chunks(SharedPage<kHeadDim>& page, NuqMemory<kHeadDim>& n
   chunks.template write<kKeys>(out + group_bytes(part, kHeadDim, kKeys ? kHeadDim : kPageTokens));
 }
 
+// K or V of the page in shared memory, rotated where the format says so. All threads of the block; rounding: of the
+// head (round_keys), or null. Keys come after values: these may be lost.
+template <int kHeadDim>
+__device__ void encode_values(SharedPage<kHeadDim>& page, NuqMemory<kHeadDim>& nuq, int held, const KvPart& part,
+                              std::byte* out) {
+  Encoder<kHeadDim> encoder{page, held};
+  if (part.exact()) {
+    copy_part<kHeadDim>(&page.values[0][0][0], reinterpret_cast<uint4*>(out));
+  } else if (chunked(part)) {
+    encode_chunks<kHeadDim, false>(page, nuq, held, part, nullptr, out);
+  } else {
+    encoder.measure_values();
+    __syncthreads();
+    encoder.fit_values(part.bits, out);
+    __syncthreads();
+    encoder.encode_values(part.bits, out + kPageTokens * 4);
+  }
+}
+template <int kHeadDim>
+__device__ void encode_keys(SharedPage<kHeadDim>& page, NuqMemory<kHeadDim>& nuq, int held, const KvPart& part,
+                            const bf16* rounding, std::byte* out) {
+  Encoder<kHeadDim> encoder{page, held};
+  if (part.exact()) {
+    copy_part<kHeadDim>(&page.keys[0][0][0], reinterpret_cast<uint4*>(out));
+  } else if (chunked(part)) {
+    encode_chunks<kHeadDim, true>(page, nuq, held, part, rounding, out);
+  } else {
+    encoder.fit_keys(part.bits, out);
+    round_keys_by<kHeadDim>(page, part.bits, rounding, out);
+    encoder.encode_keys(part.bits, out + kHeadDim * 4);
+  }
+}
+
 // The page in shared memory, of which every thread of the block has written its share, in `format` to out.
 template <int kHeadDim>
-__device__ void encode_page(SharedPage<kHeadDim>& page, int held, KvFormat format, std::byte* out) {
+__device__ void encode_page(SharedPage<kHeadDim>& page, int held, KvFormat format, const bf16* rounding,
+                            std::byte* out) {
   __shared__ NuqMemory<kHeadDim> nuq;
-  Encoder<kHeadDim> encoder{page, held};
   std::byte* values = out + bytes_of(key_pieces(format.key(), kHeadDim));
   __syncthreads();
   if (format.choice.bounded) {
-    encoder.bound_keys(values + bytes_of(value_pieces(format.value(), kHeadDim)));
+    Encoder<kHeadDim>{page, held}.bound_keys(values + bytes_of(value_pieces(format.value(), kHeadDim)));
   }
   if (format.rotated) {
     __syncthreads();  // bounds are those of the keys before
     rotate_page<kHeadDim>(reinterpret_cast<uint16_t*>(page.keys), reinterpret_cast<uint16_t*>(page.values));
     __syncthreads();
   }
-  if (format.key_bits == 16) {
-    copy_part<kHeadDim>(&page.keys[0][0][0], reinterpret_cast<uint4*>(out));
-  } else if (chunked(format.key())) {
-    encode_chunks<kHeadDim, true>(page, nuq, held, format.key(), out);
-  } else {
-    encoder.fit_keys(format.key_bits, out);
-    encoder.encode_keys(format.key_bits, out + kHeadDim * 4);
-  }
-  if (format.value_bits == 16) {
-    copy_part<kHeadDim>(&page.values[0][0][0], reinterpret_cast<uint4*>(values));
-    return;
-  }
-  if (chunked(format.value())) {
-    encode_chunks<kHeadDim, false>(page, nuq, held, format.value(), values);
-    return;
-  }
-  encoder.measure_values();
-  __syncthreads();
-  encoder.fit_values(format.value_bits, values);
-  __syncthreads();
-  encoder.encode_values(format.value_bits, values + kPageTokens * 4);
+  encode_values(page, nuq, held, format.value(), values);
+  encode_keys(page, nuq, held, format.key(), format.ldlq() ? rounding : nullptr, out);
 }
 
 }  // namespace vericache::cuda

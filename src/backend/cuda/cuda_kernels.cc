@@ -138,6 +138,7 @@ class CudaKernels final : public Kernels {
   }
   void key_scores(const KeyScoreArgs& args) override { cuda::key_scores(args, stream()); }
   void expected_attention(const ExpectedArgs& args) override { cuda::expected_attention(args, stream()); }
+  void fit_rounding(const RoundingArgs& args) override { cuda::fit_rounding(args, stream()); }
   void quantize(const QuantizeArgs& args) override { cuda::quantize(args, stream()); }
   void gather(const GatherArgs& args) override { cuda::gather(args, stream()); }
   void quantize_head_page(const std::byte* source, int tokens, const KvShape& shape, const KvFormat& format,

@@ -294,8 +294,7 @@ template <int kHeadDim, bool kChunked>
 void launch_splits(const DraftArgs& args, dim3 blocks, cudaStream_t stream) {
   const size_t bytes = shared_bytes<kHeadDim, kChunked>();
   const auto kernel = draft_attention_kernel<kHeadDim, kChunked>;
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
-             "shared memory of draft attention");
+  allow_shared(kernel, bytes, "draft attention");
   check_cuda(
       cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
       "shared memory of draft attention");

@@ -13,6 +13,11 @@ namespace vericache::cuda {
 
 // Fails with the place and CUDA's own words: a device failure is not an answer.
 void check_cuda(cudaError_t status, const char* what);
+// Lets a kernel have so much dynamic shared memory; from CUDA sources.
+template <typename Kernel>
+void allow_shared(Kernel* kernel, size_t bytes, const char* what) {
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)), what);
+}
 
 // What of the staged pass a kernel reads, in the lane's device memory, at the same addresses for every pass of a lane.
 struct StagedPass {
@@ -101,6 +106,9 @@ size_t draft_attention_scratch_bytes(const Limits& limits);
 size_t draft_attention_counts(const Limits& limits);  // counters, zero before the first launch and behind each
 void draft_attention(const AttentionArgs& args, const KvFormat& format, const StagedPass& pass, int longest_tokens,
                      int read_tokens, float* scratch, int* counts, cudaStream_t stream);
+
+// key_rounding.cu
+void fit_rounding(const RoundingArgs& args, cudaStream_t stream);
 
 // quantize.cu
 void quantize(const QuantizeArgs& args, cudaStream_t stream);

@@ -11,13 +11,20 @@ namespace vericache::cuda {
 namespace {
 
 template <int kHeadDim>
-__device__ void quantize_page(const std::byte* source, int held, KvFormat format, std::byte* out) {
+__device__ void quantize_page(const std::byte* source, int held, KvFormat format, const bf16* rounding,
+                              std::byte* out) {
   __shared__ SharedPage<kHeadDim> page;
   constexpr int kPart = kPageTokens * kHeadDim / 8;
   const auto* from = reinterpret_cast<const uint4*>(source);
   copy_part<kHeadDim>(from, &page.keys[0][0][0]);
   copy_part<kHeadDim>(from + kPart, &page.values[0][0][0]);
-  encode_page(page, held, format, out);
+  encode_page(page, held, format, rounding, out);
+}
+
+// Of a head; null of null.
+template <int kHeadDim>
+__device__ inline const bf16* of_head(const bf16* rounding, int head) {
+  return rounding == nullptr ? nullptr : rounding + static_cast<ptrdiff_t>(head) * kHeadDim * kHeadDim;
 }
 
 // Full KV by page: past, then tail.
@@ -37,13 +44,13 @@ __global__ void __launch_bounds__(kHeadDim) quantize_kernel(QuantizeArgs args) {
   const int page = args.first + static_cast<int>(blockIdx.x);
   const int head = static_cast<int>(blockIdx.y);
   quantize_page<kHeadDim>(full_page(args.full, head, page), kPageTokens, args.out.format,
-                          out_page(args.out, head, page));
+                          of_head<kHeadDim>(args.rounding, head), out_page(args.out, head, page));
 }
 
 template <int kHeadDim>
 __global__ void __launch_bounds__(kHeadDim)
     quantize_head_page_kernel(const std::byte* source, int held, KvFormat format, std::byte* out) {
-  quantize_page<kHeadDim>(source, held, format, out);
+  quantize_page<kHeadDim>(source, held, format, nullptr, out);
 }
 
 // Grid (pages of the longest head, heads).
@@ -86,7 +93,8 @@ __global__ void __launch_bounds__(kHeadDim) gather_kernel(GatherArgs args) {
     }
     values[value_index(token, dim, kHeadDim)] = read;
   }
-  encode_page(page, held, args.out.format, out_page(args.out, head, static_cast<int>(blockIdx.x)));
+  encode_page(page, held, args.out.format, of_head<kHeadDim>(args.rounding, head),
+              out_page(args.out, head, static_cast<int>(blockIdx.x)));
 }
 
 __device__ inline uint32_t round_to_bf16(float value) {

@@ -58,9 +58,4 @@ __device__ inline const std::byte* resident_part(const KvView& resident, int hea
   return keys ? packed : packed + bytes_of(key_pieces(resident.format.key(), head_dim));
 }
 
-template <typename Kernel>
-void allow_shared(Kernel* kernel, size_t bytes, const char* what) {
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)), what);
-}
-
 }  // namespace vericache::cuda

@@ -34,7 +34,7 @@ struct RotatedGroups {
   __device__ void fill(const KvFormat& format, const std::byte* keys, const std::byte* values) {
     const auto thread = static_cast<int>(threadIdx.x);
     if (thread < kHeadDim / 4 && !format.key().exact()) {
-      fill_keys(format.key_bits, reinterpret_cast<const uint2*>(keys), thread);
+      fill_keys(format, reinterpret_cast<const uint2*>(keys), thread);
     }
     if (thread >= 32 && thread < 32 + kPageTokens && !format.value().exact()) {
       fill_value(format.value_bits, reinterpret_cast<const uint16_t*>(values), thread - 32);
@@ -46,7 +46,8 @@ struct RotatedGroups {
   static constexpr uint32_t kMinus = 0x8000u;
 
   // Four dims of K.
-  __device__ void fill_keys(int bits, const uint2* groups, int lane) {
+  __device__ void fill_keys(const KvFormat& format, const uint2* groups, int lane) {
+    const int bits = format.key_bits;
     constexpr unsigned kLanes = kHeadDim == 128 ? kAllLanes : (1u << (kHeadDim / 4 % 32)) - 1;
     const uint2 scales = groups[lane];
     const uint2 minima = groups[kHeadDim / 4 + lane];
@@ -67,7 +68,7 @@ struct RotatedGroups {
     reinterpret_cast<uint2*>(key_centres)[lane] =
         make_uint2(pack_pair(centres.x, centres.y), pack_pair(centres.z, centres.w));
     if (lane % 8 == 0) {
-      const RotatedReach reach = rotated_reach(squares, kBlock);
+      const RotatedReach reach = rotated_reach((format.ldlq() ? kLdlqSpread : 1.0f) * squares, kBlock);
       key_above[lane / 8] = static_cast<uint16_t>(reach.above);
       key_below[lane / 8] = static_cast<uint16_t>(reach.below | kMinus);
     }

@@ -12,8 +12,8 @@ template <int kHeadDim>
 struct RotatedBases {
   uint4 rows[kHeadDim / 4][32];  // lanes in an order of their own
 
-  // Whole block; `packed` may lie here: all of it has been read before anything is written. __syncthreads() before this is
-  // read.
+  // Whole block; `packed` may lie here: all of it has been read before anything is written. __syncthreads() before this
+  // is read.
   template <bool kKeys>
   __device__ void fill(int bits, const std::byte* packed, const RotatedGroups<kHeadDim>& groups) {
     const auto octet = static_cast<int>(threadIdx.x / 32);
@@ -68,8 +68,8 @@ __device__ inline void pack_rotated_row(const uint32_t (&bases)[kLanePairs], con
 }
 
 // The rows of K or V. packed: in shared memory, or nothing where the part is exact; put(row of the block, lane, its
-// values); values: of V, written when neither `packed` is read any longer, where it may lie, and read until the last row
-// of V is. A whole block of kOctets warps.
+// values); values: of V, written when neither `packed` is read any longer, where it may lie, and read until the last
+// row of V is. A whole block of kOctets warps.
 template <int kHeadDim, bool kKeys, typename Put>
 __device__ void decode_rotated(const BlockReader& block, const KvPart& format, const std::byte* packed,
                                const RotatedGroups<kHeadDim>& groups, RotatedBases<kHeadDim>& values, const Put& put) {
