@@ -8,7 +8,7 @@ MAKEFLAGS += --no-print-directory
 MODEL ?= vericode-26m
 DOCUMENT ?= examples/tool-calls-8k.txt
 # A device that holds the weights and the 4-bit cache, not the full one, behind a link of 2 GB/s.
-RUN_FLAGS ?= --compressor kivi:bits=4 --max-tokens 640 --device-memory 140M --wire-gbps 2 --compare-full
+RUN_FLAGS ?= --compressor quarot:bits=4 --max-tokens 640 --device-memory 140M --wire-gbps 2 --compare-full
 FUZZ_SECONDS ?= 60
 
 # TSan watches the rooms that have threads; ASan and UBSan watch every room. Property tests run fewer cases there.

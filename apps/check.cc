@@ -24,13 +24,11 @@ struct CheckFlags {
   CheckFlags() { engine.options.max_sequences = 4; }
 
   EngineFlags engine;
-  std::vector<std::string> compressors = {"none",          "streaming-llm",
-                                          "snapkv",        "pyramidkv",
-                                          "h2o",           "tova",
-                                          "knorm",         "keydiff",
-                                          "expected",      "kvzip",
-                                          "adakv(snapkv)", "snapkv;layers=0-1:none",
-                                          "kivi:bits=4",   "snapkv:budget=0.2+kivi:bits=4"};
+  std::vector<std::string> compressors = {"none",        "streaming-llm", "snapkv",
+                                          "pyramidkv",   "h2o",           "tova",
+                                          "knorm",       "keydiff",       "expected",
+                                          "kvzip",       "adakv(snapkv)", "snapkv;layers=0-1:none",
+                                          "kivi:bits=4", "quarot:bits=4", "snapkv:budget=0.2+kivi:bits=4"};
   std::vector<std::string> horizons = {"1", "4", "16", "64"};
   std::vector<float> temperatures = {0.0f, 0.7f, 1.0f};
   std::vector<int> contexts = {200, 2000};

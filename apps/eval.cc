@@ -23,8 +23,13 @@ namespace {
 
 struct EvalFlags {
   EngineFlags engine;
-  std::vector<std::string> compressors = {"none",        "kivi:bits=8",       "kivi:bits=4",
-                                          "kivi:bits=2", "snapkv:budget=0.2", "streaming-llm:window=0.2"};
+  std::vector<std::string> compressors = {"none",
+                                          "kivi:bits=8",
+                                          "kivi:bits=4",
+                                          "kivi:bits=2",
+                                          "quarot:bits=4",
+                                          "snapkv:budget=0.2",
+                                          "streaming-llm:window=0.2"};
   std::vector<std::string> budgets;
   std::vector<std::string> workloads;
   std::vector<int> contexts = {2048};

@@ -29,7 +29,7 @@ struct EngineFlags {
 
 // How one engine decodes: with which compressor and horizon, as typed.
 struct PolicyFlags {
-  std::string compressor = "kivi:bits=4";
+  std::string compressor = "quarot:bits=4";
   std::string horizon;  // empty = adaptive; 0 with `none`
 };
 

@@ -22,10 +22,11 @@ struct InspectFlags {
   bool json = false;
 };
 
-constexpr std::array<const char*, 10> kShownCompressors = {"none",
+constexpr std::array<const char*, 11> kShownCompressors = {"none",
                                                            "kivi:bits=8",
                                                            "kivi:bits=4",
                                                            "kivi:bits=2",
+                                                           "quarot:bits=4",
                                                            "streaming-llm",
                                                            "snapkv:budget=0.2",
                                                            "snapkv:budget=0.2+kivi:bits=4",

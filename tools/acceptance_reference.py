@@ -34,6 +34,7 @@ from eval_texts import FORMS, TOOLS, code_prompt, distinct_8grams, mersenne64, r
 
 PAGE = 64
 CHUNK = 512  # rows of a pass
+LEARNED = 2048  # queries that the rounding of keys is made from: the first ones
 TILE = 128  # rows whose attention weights are held at once
 
 # ---- model ----
@@ -141,6 +142,7 @@ class FullCache:
         self.model, self.tokens, self.prompt_tokens = model, 0, len(prompt)
         self.keys, self.values = np.zeros((2, model.layers, model.kv_heads, len(prompt) + room, model.dim), np.float32)
         self.queries = np.zeros((model.layers, 0, model.heads, model.dim), np.float32)  # the last `window` of the prompt
+        self.first_queries = self.queries  # LEARNED of them
         self.window = window
         for begin in range(0, len(prompt), CHUNK):
             self.last = self.feed(prompt[begin : begin + CHUNK], 1)[0]
@@ -152,13 +154,14 @@ class FullCache:
         def attention(layer, q, k, v):
             end = self.tokens + len(ids)
             self.keys[layer, :, self.tokens : end], self.values[layer, :, self.tokens : end] = k, v
-            queries.append(q[-self.window :])
+            queries.append(q)
             return attend(q, self.keys[layer], self.values[layer], self.tokens)
 
         chosen = self.model.choose(self.model.run(ids, self.tokens, attention)[-(choices or len(ids)) :])
         self.tokens += len(ids)
         if self.tokens <= self.prompt_tokens:
             self.queries = np.concatenate([self.queries, queries], axis=1)[:, -self.window :]
+            self.first_queries = np.concatenate([self.first_queries, queries], axis=1)[:, :LEARNED]
         return chosen.tolist()
 
     def greedy(self, tokens, stop):
@@ -182,6 +185,46 @@ def kivi(cache, layer, end, key_bits, value_bits):
     keys, values = cache.keys[layer, :, :end], cache.values[layer, :, :end]
     groups = keys.reshape(len(keys), -1, PAGE, keys.shape[-1])
     return affine(groups, key_bits, 2).reshape(keys.shape), affine(values, value_bits, 2)
+
+
+def hadamard(dim):
+    """Blocks of the largest power of two that divides dim, orthogonal."""
+    block = np.ones((1, 1), np.float32)
+    while dim % (2 * len(block)) == 0:
+        block = np.block([[block, block], [block, -block]])
+    return np.kron(np.eye(dim // len(block), dtype=np.float32), block / np.float32(len(block) ** 0.5))
+
+
+def ldlq(keys, bits, queries):
+    """keys (tokens, dim) as affine() in groups of PAGE tokens, but the error of a channel is made up for by those before it, as
+    far as queries (rows, dim) look at both alike (QuIP, Chee et al. 2023, section 3.1, with their second moment for the Hessian)."""
+    moment = queries.T @ queries / len(queries)
+    moment += 0.1 * np.trace(moment) / len(moment) * np.eye(len(moment), dtype=np.float32)
+    lower = np.linalg.cholesky(moment.astype(np.float64))
+    shares = (lower / np.diag(lower)).astype(np.float32)
+    groups = keys.reshape(-1, PAGE, keys.shape[1])
+    low = np.repeat(groups.min(axis=1), PAGE, axis=0)
+    step = np.maximum((np.repeat(groups.max(axis=1), PAGE, axis=0) - low) / (2**bits - 1), np.float32(1e-30))
+    out, errors = np.empty_like(keys), np.zeros_like(keys)
+    for i in reversed(range(keys.shape[1])):
+        wanted = keys[:, i] + errors[:, i + 1 :] @ shares[i + 1 :, i]
+        out[:, i] = np.clip(np.rint((wanted - low[:, i]) / step[:, i]), 0, 2**bits - 1) * step[:, i] + low[:, i]
+        errors[:, i] = keys[:, i] - out[:, i]
+    return out
+
+
+def quarot(cache, layer, end, key_bits, value_bits, nearest):
+    """kivi of rotated vectors (Ashkboos et al. 2024, section 4.3); keys of up to 4 bits by ldlq(), unless to the nearest."""
+    turn = hadamard(cache.model.dim)
+    keys, values = cache.keys[layer, :, :end] @ turn, cache.values[layer, :, :end] @ turn
+    if nearest or key_bits > 4:
+        groups = keys.reshape(len(keys), -1, PAGE, keys.shape[-1])
+        keys = affine(groups, key_bits, 2).reshape(keys.shape)
+    else:
+        group = cache.model.heads // len(keys)
+        keys = np.stack([ldlq(k, key_bits, cache.learned[layer][:, h * group : (h + 1) * group].reshape(-1, len(turn)) @ turn)
+                         for h, k in enumerate(keys)])
+    return keys @ turn.T, affine(values, value_bits, 2) @ turn.T
 
 
 def plane(cache, layer, end, bits):
@@ -216,14 +259,17 @@ def snapkv(cache, layer, end, budget, kernel):
 
 
 def compressor(spec):
-    """compress(cache, layer, end) -> keys, values (kv_heads, kept, dim) for the first `end` tokens; specs as the engine's."""
+    """compress(cache, layer, end) -> keys, values (kv_heads, kept, dim) for the first `end` tokens; specs as the engine's, and
+    quarot:bits=3,rounding=nearest."""
     name, _, rest = spec.partition(":")
     options = {key: float(value) for key, value in re.findall(r"(\w+)=([\d.]+)", rest)}
     bits = int(options.get("bits", 8 if name == "plane" else 4))
     key_bits, value_bits = int(options.get("k", bits)), int(options.get("v", bits))
+    nearest = "rounding=nearest" in rest
     methods = {
         "none": lambda cache, layer, end: (cache.keys[layer, :, :end], cache.values[layer, :, :end]),
         "kivi": lambda *at: kivi(*at, key_bits, value_bits),
+        "quarot": lambda *at: quarot(*at, key_bits, value_bits, nearest),
         "plane": lambda *at: plane(*at, bits),
         "streaming-llm": lambda *at: streaming_llm(*at, options["window"], int(options.get("sinks", 4))),
         "snapkv": lambda *at: snapkv(*at, options.get("budget", 0.2), int(options.get("kernel", 7))),
@@ -302,10 +348,12 @@ def measure(args):
         return
     methods = {spec: compressor(spec) for spec in args.method}
     agreed = {(spec, verified): [] for spec in methods for verified in (False, True)[: 1 + args.verified]}
-    judged = []
+    judged, learned = [], None
     for number, text in enumerate(texts):
         prompt, full = text["ids"], text["full"]
         cache = FullCache(model, prompt, len(full), args.window)
+        learned = cache.first_queries if learned is None else learned
+        cache.learned = learned  # as an engine does, once
         right = lambda choices: sum(a == b for a, b in zip(choices, full[1:], strict=True))
         whole = right(cache.feed(full[:-1]))
         judged.append(len(full) - 1)

