@@ -99,18 +99,6 @@ double measured_reading(Device& device, Kernels& kernels) {
   return best;
 }
 
-// What the probe measured is of a context of `probed` tokens, and all rows of a scored step read one cache. Sequences
-// of `tokens` tokens read one each: that takes as much longer as it is longer, and no less than reading it does.
-struct ContextStretch {
-  double tokens = 0;
-  double probed = 0;
-  double bytes_per_second = 0;  // 0: not known
-  double seconds(double bytes) const { return bytes_per_second > 0 ? bytes / bytes_per_second : 0; }
-  double draft_row(double measured, double resident_bytes) const {
-    return std::max(measured * std::max(tokens / probed, 1.0), seconds(resident_bytes));
-  }
-};
-
 // A trial over the end of the longest prompt: as much of it as the memory holds beside all that the candidates keep.
 struct OpenTrial {
   std::unique_ptr<Device> device;
@@ -218,8 +206,7 @@ ProbeReport probe_compressors(const Transformer& model, const EngineOptions& opt
       candidate.draft_row = stretch.draft_row(candidate.draft_row, static_cast<double>(resident));
     }
     const double token_bytes = static_cast<double>(page_set_bytes(shape)) / kPageTokens;
-    here.verify_base =
-        open.trial->exact_cost().base() + stretch.seconds(std::max(stretch.tokens - stretch.probed, 0.0) * token_bytes);
+    here.verify_base = stretch.verify_base(open.trial->exact_cost().base(), token_bytes);
     here.verify_row = open.trial->exact_cost().per_row();
     if (open.prompt_tokens < most_tokens) {
       shortened =

@@ -162,7 +162,9 @@ void FullPass::run_layer(Activations& activations) {
       lane.keep_queries(activations.q, activations.log_sum_exp, model_.config().heads, model_.kv_shape(), pass_, layer);
     }
     for (size_t i = 0; rounding_ != nullptr && i < members_.size(); ++i) {
-      rounding_->learn(lane, layer, model_.config().heads, fed_queries(members_[i], activations), members_[i].rows());
+      if (!members_[i].corrupt) {
+        rounding_->learn(lane, layer, model_.config().heads, fed_queries(members_[i], activations), members_[i].rows());
+      }
     }
     for (size_t i = 0; i < members_.size(); ++i) {
       if (!members_[i].corrupt) {

@@ -2,6 +2,7 @@
 // Pure: numbers in, numbers out; any thread.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <span>
 #include <string>
@@ -46,6 +47,23 @@ struct CompressorChoice {
   int winner = -1;                            // -1 = nothing fits
   std::vector<CompressorForecast> forecasts;  // one for each candidate
   std::string reason;                         // one line
+};
+
+// From costs that were measured of a context of `probed` tokens, where all rows of a step read one cache, to those of
+// `tokens` tokens, where each row reads its own: that takes as much longer as the context is longer, and no less than
+// reading it does.
+struct ContextStretch {
+  double tokens = 0;
+  double probed = 0;            // not 0
+  double bytes_per_second = 0;  // of reading device memory; 0: not known
+
+  double seconds(double bytes) const { return bytes_per_second > 0 ? bytes / bytes_per_second : 0; }
+  double draft_row(double measured, double resident_bytes) const {
+    return std::max(measured * std::max(tokens / probed, 1.0), seconds(resident_bytes));
+  }
+  double verify_base(double measured, double full_bytes_per_token) const {
+    return measured + seconds(std::max(tokens - probed, 0.0) * full_bytes_per_token);
+  }
 };
 
 // Few judged tokens say little: agreement is taken as if one more had agreed and one more not.

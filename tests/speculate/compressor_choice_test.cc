@@ -116,6 +116,16 @@ TEST(CompressorChoice, WhatIsDraftedBeforeARefusalIsKnownIsLost) {
   EXPECT_NEAR(forecast(drafting("sure", 1), here).tokens_per_second, 4 / 5e-3, 1e-1);
 }
 
+TEST(ContextStretch, ALongerContextTakesLongerAndNoLessThanItsReading) {
+  const ContextStretch stretch{.tokens = 8000, .probed = 2000, .bytes_per_second = 1e6};
+  EXPECT_NEAR(stretch.draft_row(1e-3, 0), 4e-3, 1e-12);
+  EXPECT_NEAR(stretch.draft_row(1e-3, 5000), 5e-3, 1e-12) << "5 ms to read";
+  EXPECT_NEAR(stretch.verify_base(2e-3, 0.5), 5e-3, 1e-12) << "6,000 tokens more, half a byte each";
+  const ContextStretch whole{.tokens = 1900, .probed = 2000};
+  EXPECT_NEAR(whole.draft_row(1e-3, 1e9), 1e-3, 1e-12) << "nothing is known of reading";
+  EXPECT_NEAR(whole.verify_base(2e-3, 1e9), 2e-3, 1e-12);
+}
+
 TEST(CompressorChoice, NothingMayFit) {
   const std::vector<CompressorCandidate> candidates = {full_cache(20000)};
   const CompressorChoice choice = choose_compressor(candidates, roomy());
