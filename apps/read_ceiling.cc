@@ -8,6 +8,7 @@
 #include <thread>
 #include <vector>
 
+#include "backend/copy_rate.h"
 #include "base/check.h"
 #include "terminal.h"
 
@@ -81,15 +82,7 @@ double device_copy_gbps(Device& device, Kernels& kernels, size_t bytes) {
   std::byte* from = device.allocate(half, "the buffer that measures bandwidth");
   std::byte* to = device.allocate(half, "the buffer that measures bandwidth");
   const BlockCopy copy{to, from, half};
-  double best = 0;
-  for (int time = 0; time < kTimes; ++time) {
-    const Mark begin = kernels.mark();
-    kernels.copy({&copy, 1});
-    const Mark end = kernels.mark();
-    kernels.wait(end);
-    best = std::max(best, 2.0 * static_cast<double>(half) / kernels.seconds(begin, end) / 1e9);
-  }
-  return best;
+  return 2 * copy_rate(kernels, {&copy, 1}, kTimes) / 1e9;
 }
 
 }  // namespace

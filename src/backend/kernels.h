@@ -196,7 +196,8 @@ struct BestArgs {
 // is made up for by the channels that are rounded after it, as far as those queries look at both alike. LDLQ (Chee et
 // al. 2023, QuIP, section 3.1) with the second moment of the rotated queries in the place of that of a layer's inputs:
 // C + damping = L D L^T, and matrix[i][j] = L[j][i] is what channel i takes on of the error of channel j > i. Below,
-// and on the diagonal, lies C, so that more queries can join. Queries that are not finite leave all as it is.
+// and on the diagonal, lies C, so that more queries can join. Queries that are not finite leave a matrix as it is;
+// where none is known, it becomes zero, which rounds to the nearest.
 struct RoundingArgs {
   KvShape shape{};
   int heads = 0;

@@ -7,6 +7,7 @@
 #include <limits>
 #include <thread>
 
+#include "backend/copy_rate.h"
 #include "base/error.h"
 #include "compress/compressor.h"
 #include "engine/cache_trial.h"
@@ -63,16 +64,7 @@ double measured_wire(Device& device, Kernels& kernels) {
   for (size_t i = 0; i < blocks; ++i) {
     copies.push_back({to + i * kBlock, from + i * kBlock, kBlock});
   }
-  Kernels& lane = kernels.lane(Kernels::Place::wire_in);
-  double best = 0;
-  for (int time = 0; time < kTimes; ++time) {
-    const Mark begin = lane.mark();
-    lane.copy(copies);
-    const Mark end = lane.mark();
-    lane.wait(end);
-    best = std::max(best, static_cast<double>(blocks * kBlock) / std::max(lane.seconds(begin, end), 1e-9));
-  }
-  return best;
+  return copy_rate(kernels.lane(Kernels::Place::wire_in), copies, kTimes);
 }
 
 // Bytes a second of reading device memory, seen in a copy within it; 0 where it has no room for one that no cache
@@ -87,16 +79,7 @@ double measured_reading(Device& device, Kernels& kernels) {
   }
   std::byte* from = device.allocate(2 * bytes, "the blocks that measure device memory");
   const BlockCopy copy{from + bytes, from, bytes};
-  Kernels& lane = kernels.lane(Kernels::Place::pass);
-  double best = 0;
-  for (int time = 0; time < kTimes; ++time) {
-    const Mark begin = lane.mark();
-    lane.copy({&copy, 1});
-    const Mark end = lane.mark();
-    lane.wait(end);
-    best = std::max(best, static_cast<double>(2 * bytes) / std::max(lane.seconds(begin, end), 1e-9));
-  }
-  return best;
+  return 2 * copy_rate(kernels.lane(Kernels::Place::pass), {&copy, 1}, kTimes);
 }
 
 // A trial over the end of the longest prompt: as much of it as the memory holds beside all that the candidates keep.
