@@ -189,10 +189,14 @@ int main(int argc, char** argv) {
       cuda::bench(name.c_str(), format, code, memory);
     }
   };
-  bench("plane 8", {8, 8, KvCode::plane});
-  bench("kvquant 4", {4, 4, KvCode::nuq, false, 10});
-  bench("kvquant 3", {3, 3, KvCode::nuq, false, 10});
+  for (const int bits : {9, 8, 7, 6}) {
+    bench("plane " + std::to_string(bits), {bits, bits, KvCode::plane});
+  }
+  for (const int bits : {4, 3, 2}) {
+    bench("kvquant " + std::to_string(bits), {bits, bits, KvCode::nuq, false, 10});
+  }
   bench("int8", {8, 8, KvCode::int8});
+  bench("fp8", {8, 8, KvCode::fp8});
   for (const int bits : {8, 6, 4, 3, 2}) {
     bench("kivi " + std::to_string(bits), {bits, bits});
   }

@@ -65,10 +65,10 @@ inline size_t residual_bound(const KvShape& shape) {
 // from `top` down, of one sign or of both. Coded is top - magnitude; what is not in there escapes: where a range is
 // likely as zero, else as all ones of kOpenBits bits, and no sign.
 inline constexpr int kOpenBits = 9;
-inline constexpr int kLikelyBits = 10;  // more: else much of what is near zero escapes
+inline constexpr int kLikelyBits = 11;  // more, a sign among them: else much of what is near zero escapes
 struct ResidualField {
   uint32_t top = 0x7fff;
-  int magnitude_bits = 0;    // kOpenBits at most, or kLikelyBits
+  int magnitude_bits = 0;    // kOpenBits at most, or of a likely one kLikelyBits less the sign
   bool either_sign = false;  // then the sign is one bit more, below
   bool negative = false;     // else this is it
   bool likely = false;       // not certain, however few its bits

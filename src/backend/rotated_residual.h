@@ -15,12 +15,15 @@ namespace vericache {
 // the errors of its whole block, and their sum is nearly normal: its variance is the mean square of the steps over 12.
 // As many of its deviations are likely: a wider reach costs bits, a narrower one escapes, and a field goes on below
 // because its codes are a power of two. Measured: docs/compressors.md.
-inline constexpr float kDeviationsAbove = 2.6f;
-inline constexpr float kDeviationsBelow = 1.75f;
+inline constexpr float kDeviationsAbove = 2.7f;
+inline constexpr float kDeviationsBelow = 1.8f;
 
-// Keys that LDLQ rounds (KvFormat::ldlq) lie farther from their codes: 1.27 times the variance, and fewest bits with
-// this.
-inline constexpr float kLdlqSpread = 1.15f;
+// By what the variance is more than the steps say. Keys that LDLQ rounds (KvFormat::ldlq) lie farther from their codes,
+// 1.27 times the variance; of 8 bits the steps are so small that what bases lose in bf16 counts beside them. Fewest
+// bits with these, or nearly so and fewer escapes.
+VERICACHE_BOTH constexpr float rotated_spread(int bits, bool keys) {
+  return bits == 8 ? (keys ? 2.0f : 1.4f) : keys && bits <= kMostLdlqBits ? 1.15f : 1.0f;
+}
 
 // How far the magnitudes of values lie from those of their bases: bits of bf16, neither negative nor infinite.
 struct RotatedReach {
@@ -50,8 +53,9 @@ VERICACHE_BOTH inline ResidualField rotated_field(uint32_t base, const RotatedRe
   const bool either_sign = (range & 0x8000u) != 0;
   const uint32_t high = range >> 16;
   const uint32_t low = either_sign ? 0 : range & 0x7fffu;
-  const int bits = residual_log2(high - low + 2);
-  return {high + 1, bits < kLikelyBits ? bits : kLikelyBits, either_sign, !either_sign && base >> 15 != 0, true};
+  const int needed = residual_log2(high - low + 2);
+  const int bits = needed < kLikelyBits ? needed : kLikelyBits;
+  return {high + 1, bits - (either_sign ? 1 : 0), either_sign, !either_sign && base >> 15 != 0, true};
 }
 
 // A base is made of what a token's codes say beside their middle, in bf16: every sum and product is rounded to it. What
@@ -130,8 +134,8 @@ class RotatedBase {
       const bool mixed = keys_ && i < head_dim_;
       const int first = mixed ? i / block * block : i;
       const int steps = mixed ? block : 1;
-      const float spread = keys_ && bits <= kMostLdlqBits ? kLdlqSpread : 1.0f;
-      reach_.push_back(rotated_reach(spread * rotation_sum(&squares[static_cast<size_t>(first)], steps), steps));
+      const float sum = rotation_sum(&squares[static_cast<size_t>(first)], steps);
+      reach_.push_back(rotated_reach(rotated_spread(bits, keys_) * sum, steps));
     }
     if (keys_) {
       rotate(groups.centres.data(), head_dim_);

@@ -55,14 +55,17 @@ __device__ inline Interval interval_of(const KvPart& part, uint32_t code, const 
   // The products are exact: only the sums round.
   return {fmaf(first, scale, minimum), fmaf(last, scale, minimum)};
 }
-// The words of two fields. tops: kBelow below the tops, with the sign, of either sign one; either: all ones in the
-// halves of such; twice: what the fields count, so that its highest bit is as high as it has bits.
-template <uint32_t kBelow>
-__device__ inline void join_fields(uint32_t tops, uint32_t either, uint32_t twice, uint32_t& first, uint32_t& second) {
-  constexpr uint32_t kSignBit = (kCodesSign & 0xffffu) + 1;
-  const auto bits_of = [](uint32_t one) { return static_cast<uint32_t>(highest_bit(one)); };
-  first = (tops + kBelow) * 0x10000u + ((either & kSignBit) + bits_of(twice & 0xffffu));
-  second = (__byte_perm(either, tops, 0x7632) & (0xffff0000u | kSignBit)) + bits_of(twice) + (kBelow * 0x10000u - 16);
+// How many bits the number in each half has, below 2048: as one of fp16 it is so many times 2^-24, and times 2^10 its
+// exponent is that.
+__device__ inline uint32_t bit_lengths(uint32_t numbers) {
+  uint32_t scaled;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(scaled) : "r"(numbers), "r"(0x64006400u));
+  return scaled >> 10 & 0x1f * kBothHalves;
+}
+// The words of two fields. tops: with the signs, of either sign a one; bits: with a one as the highest bit of those.
+__device__ inline void join_fields(uint32_t tops, uint32_t bits, uint32_t& first, uint32_t& second) {
+  first = __byte_perm(bits, tops, 0x5410);
+  second = __byte_perm(bits, tops, 0x7632);
 }
 // interval_field() of two intervals, in the halves of words as far as they allow, without a branch.
 __device__ inline void pack_intervals(const Interval& a, const Interval& b, uint32_t& first, uint32_t& second) {
@@ -71,8 +74,8 @@ __device__ inline void pack_intervals(const Interval& a, const Interval& b, uint
   const uint32_t either = fill_halves(lows ^ highs);
   const uint32_t top = __vmaxu2(lows & kBothMagnitudes, highs & kBothMagnitudes);
   const uint32_t bottom = __vminu2(lows & kBothMagnitudes, highs & kBothMagnitudes) & ~either;
-  const uint32_t twice = __vminu2((top - bottom) * 2 + kBothHalves, ((2u << kOpenBits) - 1) * kBothHalves);
-  join_fields<0>(top + ((lows | highs) & kBothSigns), either, twice, first, second);
+  const uint32_t bits = bit_lengths(__vminu2(top - bottom, ((1u << kOpenBits) - 1) * kBothHalves));
+  join_fields(top + ((lows | highs) & kBothSigns), bits + (either & (kBothSigns | kBothHalves)), first, second);
 }
 
 // As many ones as the low five bits of `count` say.
@@ -107,7 +110,7 @@ struct BlockReader {
   }
   // 64 bits from bit `at` on.
   __device__ void window(uint32_t at, uint32_t& low, uint32_t& high) const {
-    const auto* from = reinterpret_cast<const uint32_t*>(block + (at >> 3 & ~3u));
+    const uint32_t* from = reinterpret_cast<const uint32_t*>(block) + at / 32;
     const uint32_t middle = from[1];
     low = __funnelshift_r(from[0], middle, at);
     high = __funnelshift_r(middle, from[2], at);
@@ -160,7 +163,7 @@ struct OpenEscapes {
   __device__ static int32_t key_of(int32_t found) { return found; }
 };
 struct LikelyEscapes {
-  static constexpr int kFieldBits = kLikelyBits + 1;
+  static constexpr int kFieldBits = kLikelyBits;
   __device__ static int32_t key(uint32_t taken, int index) { return index - static_cast<int32_t>(taken); }
   __device__ static bool escapes(int32_t key) { return key < kLaneValues; }
   static constexpr int32_t kNone = INT32_MIN;
@@ -175,18 +178,20 @@ struct LikelyEscapes {
 template <typename Escapes, typename KeyAt>
 __device__ __forceinline__ void put_escapes(const BlockReader& block, uint32_t next, uint32_t escapes, int32_t key,
                                             const KeyAt& key_at, uint4& out) {
-  bool escaped = Escapes::escapes(key);
   const uint32_t last = next + escapes;
-#pragma unroll 1
-  for (uint32_t lanes = __ballot_sync(kAllLanes, escaped); lanes != 0;) {
+  bool escaped = Escapes::escapes(key);
+  uint32_t lanes = __ballot_sync(kAllLanes, escaped);
+  const auto put_one_of_each = [&] {
     if (escaped) {
       put_value(out, static_cast<uint32_t>(key) % kLaneValues,
                 block.half(next + static_cast<uint32_t>(__popc(lanes & lanes_below()))));
     }
     next += static_cast<uint32_t>(__popc(lanes));
-    if (next >= last) {
-      break;
-    }
+  };
+  put_one_of_each();
+  // Seldom more than one of a lane: what the search for it needs is made in here.
+#pragma unroll 1
+  while (next < last && lanes != 0) {
     // The smallest key beyond this one: smaller ones are huge where they are counted from it.
     uint32_t beyond = UINT32_MAX;
 #pragma unroll
@@ -196,6 +201,7 @@ __device__ __forceinline__ void put_escapes(const BlockReader& block, uint32_t n
     key += static_cast<int32_t>(beyond) + 1;
     escaped = escaped && Escapes::escapes(key);
     lanes = __ballot_sync(kAllLanes, escaped);
+    put_one_of_each();
   }
 }
 

@@ -68,7 +68,7 @@ struct RotatedGroups {
     reinterpret_cast<uint2*>(key_centres)[lane] =
         make_uint2(pack_pair(centres.x, centres.y), pack_pair(centres.z, centres.w));
     if (lane % 8 == 0) {
-      const RotatedReach reach = rotated_reach((format.ldlq() ? kLdlqSpread : 1.0f) * squares, kBlock);
+      const RotatedReach reach = rotated_reach(rotated_spread(bits, true) * squares, kBlock);
       key_above[lane / 8] = static_cast<uint16_t>(reach.above);
       key_below[lane / 8] = static_cast<uint16_t>(reach.below | kMinus);
     }
@@ -76,7 +76,7 @@ struct RotatedGroups {
   __device__ void fill_value(int bits, const uint16_t* groups, int token) {
     const uint32_t scale = groups[token];
     const float step = first_of_pair(scale);
-    const RotatedReach reach = rotated_reach(step * step, 1);
+    const RotatedReach reach = rotated_reach(rotated_spread(bits, false) * (step * step), 1);
     const float centre =
         rotated_centre(step, first_of_pair(groups[kPageTokens + token]), bits) * rotated_constant(kBlock);
     const uint32_t rest = pair_of(rotated_rest(kBlock));

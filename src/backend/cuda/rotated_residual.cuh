@@ -49,14 +49,13 @@ struct RotatedBases {
 // below: pairs as well, and the latter negative.
 __device__ inline void pack_rotated_fields(uint32_t bases, uint32_t above, uint32_t below, uint32_t& first,
                                            uint32_t& second) {
-  constexpr uint32_t kMost = ((1u << kLikelyBits) - 1) * kBothHalves;
+  constexpr uint32_t kMost = (1u << (kLikelyBits - 1)) * kBothHalves;
   const uint32_t distance = bases & kBothMagnitudes;
   const uint32_t high = add_pairs(distance, above);
   const uint32_t low = add_pairs(distance, below);
   const uint32_t either = fill_halves(low);
-  const uint32_t twice = __vminu2((high - (low & ~either)) * 2 + 2 * kBothHalves, 2 * kMost);
-  // The top is one more.
-  join_fields<1>(high + ((bases | either) & kBothSigns), either, twice, first, second);
+  const uint32_t bits = bit_lengths(__vminu2(high - (low & ~either) + kBothHalves, kMost));
+  join_fields(high + ((bases | either) & kBothSigns) + kBothHalves, bits | (either & kBothSigns), first, second);
 }
 // The fields of a lane's values. above, below: as there, of K the same pair.
 __device__ inline void pack_rotated_row(const uint32_t (&bases)[kLanePairs], const uint32_t (&above)[kLanePairs],
