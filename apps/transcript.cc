@@ -110,6 +110,7 @@ nlohmann::ordered_json memory_json(const EngineStats& stats) {
           {"store_bytes", stats.store_bytes},
           {"peak_resident_bytes", stats.peak_resident_bytes},
           {"peak_full_bytes", stats.peak_full_bytes},
+          {"peak_extent_bytes", stats.peak_extent_bytes},
           {"full_on_device", stats.full_on_device}};
 }
 

@@ -176,9 +176,7 @@ void Engine::State::admit(SeqId id) {
     s.full = scheduler->in_store(id)
                  ? std::make_unique<FullKv>(shape, plan.wire.code, *block_store, *record_pool, pages)
                  : std::make_unique<FullKv>(shape, plan.wire.code, *host_pool, *record_pool, pages);
-    while (!s.full->reachable(*host)) {
-      std::this_thread::sleep_for(std::chrono::milliseconds(1));  // its slabs are still being pinned
-    }
+    await_extents(s);
   }
   if (window_pool != nullptr) {
     s.query_memory = window_pool->take();
@@ -200,6 +198,12 @@ void Engine::State::admit(SeqId id) {
   update_load(s);
 }
 
+void Engine::State::await_extents(const Sequence& s) const {
+  while (!s.full->reachable(*host)) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));  // its slabs are still being pinned
+  }
+}
+
 // Whether its context is replayed once its tokens are read and one more is decided: not if nothing will be dropped or
 // drafted, nor if no positions are left behind it.
 void Engine::State::plan_replay(Sequence& s) const {
@@ -214,8 +218,8 @@ void Engine::State::plan_replay(Sequence& s) const {
 }
 
 void Engine::State::update_load(const Sequence& s) {
-  // What ends only waits for its pages to be out.
-  const bool ends = s.finish || s.cancelled;
+  // What ends only waits for its pages to be out, and what lost them for room to have them anew.
+  const bool ends = s.finish || s.cancelled || (s.full && s.full->extents() == 0);
   const bool replays = !ends && s.backlog() == 1 && s.replays();
   const int room = model.weights().rope.positions - s.verified;
   scheduler->update(s.id, {.backlog = ends ? 0 : s.backlog(),
@@ -236,14 +240,22 @@ bool Engine::State::step() {
   if (scheduler->empty()) {
     return false;
   }
+  bool stored = false;
   for (auto& [id, sequence] : sequences) {
     if (sequence->tail && !sequence->in_pass) {
       release_tail(*sequence);
+      stored = release_extents(*sequence) || stored;
       update_load(*sequence);
     }
   }
   const StepPlan step_plan =
       scheduler->next({.open_passes = static_cast<int>(passes.size()), .wire_bound = wire_bound()});
+  for (const SeqId id : step_plan.readmit) {
+    Sequence& s = *sequences.at(id);
+    s.full->occupy();
+    await_extents(s);
+    update_load(s);
+  }
   for (const SeqId id : step_plan.admit) {
     admit(id);
   }
@@ -252,7 +264,7 @@ bool Engine::State::step() {
   }
   // Both lanes are given what they can take.
   const bool advanced = advance_pass();
-  if (!(draft(step_plan.draft) || advanced || !step_plan.admit.empty())) {
+  if (!(draft(step_plan.draft) || advanced || stored || !step_plan.admit.empty() || !step_plan.readmit.empty())) {
     wait(seen);
   }
   return true;
@@ -313,10 +325,13 @@ void Engine::State::reap() {
 void Engine::State::note_peaks() {
   size_t resident = 0;
   size_t full = 0;
+  size_t extents = 0;
   for (const auto& [id, s] : sequences) {
     resident += s->resident ? s->resident->bytes() : 0;
     full += s->full ? static_cast<size_t>(s->full->stored()) * page_set_bytes(shape) : 0;
+    extents += s->full ? static_cast<size_t>(s->full->extents()) : 0;
   }
+  stats.peak_extent_bytes = std::max(stats.peak_extent_bytes, extents * extent_bytes(shape));
   stats.peak_resident_bytes = std::max(stats.peak_resident_bytes, resident);
   stats.peak_full_bytes = std::max(stats.peak_full_bytes, plan.full_on_device ? resident : full);
 }
@@ -334,9 +349,17 @@ bool Engine::step() {
 }
 
 bool Engine::reading() const {
-  return std::any_of(state_->sequences.begin(), state_->sequences.end(), [](const auto& entry) {
-    const Sequence& s = *entry.second;
-    return !s.finish && !s.cancelled && (s.decided() == 0 || s.backlog() > 1 || s.replays());
+  const auto any = [this](const auto& what) {
+    return std::any_of(state_->sequences.begin(), state_->sequences.end(),
+                       [&](const auto& entry) { return what(*entry.second); });
+  };
+  // Who has no place reads soon if there is room for it, or if pages on their way out may leave some.
+  const bool room =
+      state_->scheduler->admits() || any([](const Sequence& s) { return s.full && s.full->accounted() < s.storing; });
+  return any([room](const Sequence& s) {
+    const bool reads = s.decided() == 0 || s.backlog() > 1 || s.replays();
+    const bool placed = s.tail && !(s.full && s.full->extents() == 0);
+    return !s.finish && !s.cancelled && reads && (placed || room);
   });
 }
 

@@ -81,6 +81,7 @@ struct EngineStats {
   size_t store_bytes = 0;          // behind the host tier
   size_t peak_resident_bytes = 0;  // compressed KV held at once, all sequences
   size_t peak_full_bytes = 0;      // full KV held at once outside the device (or in it, where it fits)
+  size_t peak_extent_bytes = 0;    // of the host tier and the store, held at once: as it is coded there, and room
   bool full_on_device = false;     // the full KV fits and stays there: nothing crosses the wire
   // What was brought in for passes that judged drafts, and the tokens whose full KV it completed.
   size_t verify_wire_bytes = 0;
@@ -105,8 +106,9 @@ class Engine {
   // For measurements: while held, sequences wait once their prompt is read and one token decided. Not to be stepped
   // when all of them wait.
   void hold_decoding(bool held);
-  bool reading() const;  // a prompt is to be read or replayed, or waits for it
-  bool step();           // does one unit of work; false when no sequence is left
+  // A prompt is to be read or replayed, or waits for it with room to come; not for others to end.
+  bool reading() const;
+  bool step();  // does one unit of work; false when no sequence is left
   void run() {
     while (step()) {
     }

@@ -101,6 +101,15 @@ void Engine::State::release_tail(Sequence& s) {
   }
 }
 
+// Gives back the extents that turn out not to be needed where it is known what more of its pages take; whether it is.
+bool Engine::State::release_extents(const Sequence& s) {
+  if (!s.full || s.full->accounted() == s.full->stored()) {
+    return false;
+  }
+  scheduler->release_extents(s.id, s.full->shrink());
+  return true;
+}
+
 // A sequence that drafts while its pass runs gives up the token that the pass would decide beyond its drafts: worth it
 // when the wire leaves time for several drafts.
 bool Engine::State::worth_drafting_on(const FullPass& pass) const {

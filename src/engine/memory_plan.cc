@@ -1,6 +1,7 @@
 #include "engine/memory_plan.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "base/error.h"
 #include "compress/key_rounding.h"
@@ -72,6 +73,19 @@ WireOptions wire_options(const Compressor* compressor, bool streaming, const Eng
     wire.coded_share = own ? 0.72 : compressor->coded_share();
   }
   return wire;
+}
+
+// Sequences whose full KV is there at once: the next one needs its worst case, those before it have what their pages
+// take, as a rule a little less than this.
+int stored_at_once(int extents, int max_pages, const KvShape& shape, const WireOptions& wire) {
+  const int worst = extents_for(max_pages, shape, wire.code);
+  if (extents < worst) {
+    return 0;
+  }
+  const double share = wire.code == ResidualCode::plain ? 1 : 1.0625 * wire.coded_share;
+  const double bytes = share * static_cast<double>(static_cast<size_t>(max_pages) * page_bytes(shape));
+  const int settled = shape.layers * static_cast<int>(std::ceil(bytes / static_cast<double>(extent_bytes(shape))));
+  return 1 + (extents - worst) / std::min(settled, worst);
 }
 
 }  // namespace
@@ -205,8 +219,10 @@ int sequences_that_fit(const Transformer& model, const Compressor* compressor, c
                                             : resident_pages_for(*compressor, plan.max_len, shape);
     const bool resident = plan.streaming || plan.resident_pages >= count * pages;
     const bool staged = !plan.streaming || plan.wire.slot_pages >= count * max_pages;
-    const int extents = extents_for(max_pages, shape, plan.wire.code);
-    const bool stored = plan.full_on_device || plan.host_extents / extents + plan.store_extents / extents >= count;
+    const bool stored =
+        plan.full_on_device || stored_at_once(plan.host_extents, max_pages, shape, plan.wire) +
+                                       stored_at_once(plan.store_extents, max_pages, shape, plan.wire) >=
+                                   count;
     if (!resident || !staged || !stored) {
       return fit;
     }

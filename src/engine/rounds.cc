@@ -177,6 +177,7 @@ void Engine::State::restart(Sequence& s) {
     wire->wait_change(seen);
   }
   s.restart();
+  scheduler->readmit(s.id);
   if (s.resident) {
     s.resident->settle(draft_lane);
   }

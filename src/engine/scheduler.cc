@@ -29,7 +29,7 @@ void Scheduler::remove(SeqId id) {
   if (const auto running = running_.find(id); running != running_.end()) {
     check(!running->second.in_pass, "a sequence leaves between passes");
     resident_pages_ -= running->second.needs.resident_pages;
-    (running->second.in_store ? store_extents_ : host_extents_) -= running->second.needs.host_extents;
+    extents_in(running->second.in_store) -= running->second.host_extents;
     running_.erase(running);
   } else {
     std::erase_if(waiting_, [id](const Waiting& waiting) { return waiting.id == id; });
@@ -47,9 +47,24 @@ bool Scheduler::ready(const Load& load) {
          (load.chance < load.least_chance || load.drafted >= load.reach || load.drafted >= load.most_drafts);
 }
 
+void Scheduler::release_extents(SeqId id, int extents) {
+  Running& sequence = running_.at(id);
+  check(extents <= sequence.host_extents, "a sequence gives back extents that it has");
+  sequence.host_extents -= extents;
+  extents_in(sequence.in_store) -= extents;
+}
+
+void Scheduler::readmit(SeqId id) {
+  Running& sequence = running_.at(id);
+  release_extents(id, sequence.host_extents);
+  sequence.evicted = true;
+}
+
 StepPlan Scheduler::next(const Usage& usage) {
   StepPlan plan;
-  admit(plan);
+  if (readmit_all(plan)) {
+    admit(plan);
+  }
   if (usage.open_passes < limits_.open_passes) {
     open_pass(usage, plan);
   }
@@ -62,20 +77,51 @@ StepPlan Scheduler::next(const Usage& usage) {
   return plan;
 }
 
+bool Scheduler::has_room(const Running& evicted) const {
+  return evicted.needs.host_extents <= (evicted.in_store ? free_store_extents() : free_host_extents());
+}
+bool Scheduler::has_room(const Waiting& first) const {
+  return running() < limits_.max_sequences && first.needs.resident_pages <= free_resident_pages() &&
+         first.needs.host_extents <= std::max(free_host_extents(), free_store_extents());
+}
+
+bool Scheduler::admits() const {
+  for (const auto& [id, sequence] : running_) {
+    if (sequence.evicted) {
+      return has_room(sequence);
+    }
+  }
+  return !waiting_.empty() && has_room(waiting_.front());
+}
+
+// false: one still waits, and whoever is not admitted yet waits behind it.
+bool Scheduler::readmit_all(StepPlan& plan) {
+  for (auto& [id, sequence] : running_) {
+    if (!sequence.evicted) {
+      continue;
+    }
+    if (!has_room(sequence)) {
+      return false;
+    }
+    sequence.evicted = false;
+    sequence.host_extents = sequence.needs.host_extents;
+    extents_in(sequence.in_store) += sequence.host_extents;
+    plan.readmit.push_back(id);
+  }
+  return true;
+}
+
 // First come, first served: a large sequence at the head is not overtaken for ever by small ones.
 void Scheduler::admit(StepPlan& plan) {
-  while (!waiting_.empty() && running() < limits_.max_sequences) {
+  while (!waiting_.empty() && has_room(waiting_.front())) {
     const Waiting& first = waiting_.front();
     const bool in_store = first.needs.host_extents > free_host_extents();
-    if (first.needs.resident_pages > free_resident_pages() ||
-        (in_store && first.needs.host_extents > free_store_extents())) {
-      return;
-    }
     resident_pages_ += first.needs.resident_pages;
-    (in_store ? store_extents_ : host_extents_) += first.needs.host_extents;
     Running sequence;
     sequence.needs = first.needs;
+    sequence.host_extents = first.needs.host_extents;
     sequence.in_store = in_store;
+    extents_in(in_store) += sequence.host_extents;
     sequence.turn = ++turns_;
     running_.emplace(first.id, sequence);
     plan.admit.push_back(first.id);

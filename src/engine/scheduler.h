@@ -58,6 +58,7 @@ struct PassMember {
 
 struct StepPlan {
   std::vector<SeqId> admit;
+  std::vector<SeqId> readmit;    // their worst case of extents is theirs again
   std::vector<PassMember> pass;  // a new full pass to open: its residuals go on the wire; empty = none
   std::vector<SeqId> draft;      // one draft step for these
 };
@@ -79,10 +80,16 @@ class Scheduler {
   void update(SeqId id, const Load& load);
   void remove(SeqId id);     // waiting or running; a running one must stand in no open pass
   void pass_done(SeqId id);  // the pass in which it stood is over
+  // Of a running sequence so many extents are known not to be needed.
+  void release_extents(SeqId id, int extents);
+  // A running sequence has given back all its extents and waits, before those not admitted yet, until there are as many
+  // as it needed at first. Until then its backlog is to be told as 0.
+  void readmit(SeqId id);
   StepPlan next(const Usage& usage);
   // While held, sequences whose prompt is read wait: all of them can then begin to decode at once.
   void hold_decoding(bool held) { decoding_held_ = held; }
 
+  bool admits() const;  // next() would admit somebody
   bool empty() const { return waiting_.empty() && running_.empty(); }
   int waiting() const { return static_cast<int>(waiting_.size()); }
   int running() const { return static_cast<int>(running_.size()); }
@@ -102,11 +109,17 @@ class Scheduler {
   struct Running {
     Needs needs;
     Load load;
+    int host_extents = 0;  // that it has of those it needs
     bool in_store = false;
+    bool evicted = false;  // it has no extents, and waits for them
     bool in_pass = false;
     uint64_t turn = 0;  // when it last left a pass; of those equally in doubt the longest unserved goes first
   };
   void admit(StepPlan& plan);
+  bool readmit_all(StepPlan& plan);
+  bool has_room(const Running& evicted) const;
+  bool has_room(const Waiting& first) const;
+  int& extents_in(bool store) { return store ? store_extents_ : host_extents_; }
   void open_pass(const Usage& usage, StepPlan& plan);
   static int draft_limit(const Running& sequence, const Usage& usage);
 

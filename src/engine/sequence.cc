@@ -8,7 +8,7 @@ void Sequence::restart() {
     resident->clear();
   }
   if (full) {
-    full->set_stored(0);
+    full->vacate();
   }
   forget_drafts();
   verified = 0;

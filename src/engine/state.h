@@ -54,6 +54,8 @@ struct Engine::State {
   void linger(Kernels& lane);  // for tests: where one lane hands over to another
   bool grow_tail(Sequence& sequence, int end);
   void release_tail(Sequence& sequence);
+  bool release_extents(const Sequence& sequence);
+  void await_extents(const Sequence& sequence) const;
   bool may_grow(const Sequence& sequence, int end) const;
   void finish_pass(FullPass& pass);
   void finish_replay(const FullPassMember& member);

@@ -1,6 +1,7 @@
 #include "kv/host_tier.h"
 
 #include <cstring>
+#include <utility>
 
 namespace vericache {
 
@@ -18,24 +19,71 @@ FullKv::FullKv(const KvShape& shape, ResidualCode code, PagePool* extents, Block
       max_pages_(max_pages),
       extents_per_layer_(extents_for(max_pages, shape, code) / shape.layers),
       extent_bytes_(extent_bytes(shape)),
+      page_bound_(stored_page_bound(shape, code)),
+      held_(static_cast<size_t>(shape.layers)),
+      extents_(store == nullptr ? extent_of(shape.layers, 0) : 0),
+      blocks_(store != nullptr ? extent_of(shape.layers, 0) : 0),
       checksums_(reinterpret_cast<uint64_t*>(records.take())),
       ends_(reinterpret_cast<uint32_t*>(checksums_ + record(shape.layers, 0))) {
   check(checksums_ != nullptr && records.block_bytes() >= record_bytes(shape, max_pages),
         "there is a block of records for every sequence");
-  for (int i = 0; i < extents_for(max_pages, shape, code); ++i) {
-    if (store_ != nullptr) {
-      blocks_.push_back(store_->take());
-      check(blocks_.back() >= 0, "admission reserves the blocks of a sequence");
-    } else {
-      extents_.push_back(pool_->take());
-      check(extents_.back() != nullptr, "admission reserves the host extents of a sequence");
+  occupy();
+}
+
+void FullKv::occupy() {
+  for (size_t layer = 0; layer < held_.size(); ++layer) {
+    for (int& held = held_[layer]; held < extents_per_layer_; ++held) {
+      const size_t extent = extent_of(static_cast<int>(layer), held);
+      if (in_store()) {
+        blocks_[extent] = store_->take();
+        check(blocks_[extent] >= 0, "admission reserves the blocks of a sequence");
+      } else {
+        extents_[extent] = pool_->take();
+        check(extents_[extent] != nullptr, "admission reserves the host extents of a sequence");
+      }
     }
+  }
+}
+
+int FullKv::keep(int layer, int extents) {
+  int& held = held_[static_cast<size_t>(layer)];
+  const int given = std::max(held - extents, 0);
+  while (held > extents) {
+    const size_t extent = extent_of(layer, --held);
+    if (in_store()) {
+      store_->give(std::exchange(blocks_[extent], -1));
+    } else {
+      pool_->give(std::exchange(extents_[extent], nullptr));
+    }
+  }
+  return given;
+}
+
+int FullKv::shrink() {
+  const int pages = stored();
+  if (pages == accounted_) {
+    return 0;
+  }
+  accounted_ = pages;
+  int given = 0;
+  for (int layer = 0; layer < static_cast<int>(held_.size()); ++layer) {
+    const size_t most = begin(layer, pages) + static_cast<size_t>(max_pages_ - pages) * page_bound_;
+    given += keep(layer, static_cast<int>((most + extent_bytes_ - 1) / extent_bytes_));
+  }
+  return given;
+}
+
+void FullKv::vacate() {
+  set_stored(0);
+  accounted_ = 0;
+  for (int layer = 0; layer < static_cast<int>(held_.size()); ++layer) {
+    keep(layer, 0);
   }
 }
 
 bool FullKv::reachable(const Device& host) const {
   return std::all_of(extents_.begin(), extents_.end(), [&](const std::byte* extent) {
-    const size_t end = static_cast<size_t>(extent - pool_->memory()) + extent_bytes_;
+    const size_t end = extent == nullptr ? 0 : static_cast<size_t>(extent - pool_->memory()) + extent_bytes_;
     return host.ready(pool_->memory(), end) >= end;
   });
 }
@@ -74,12 +122,7 @@ void FullKv::flip_bit(int layer, size_t offset, int bit) {
 }
 
 FullKv::~FullKv() {
-  for (std::byte* extent : extents_) {
-    pool_->give(extent);
-  }
-  for (const int block : blocks_) {
-    store_->give(block);
-  }
+  vacate();
   record_pool_.give(reinterpret_cast<std::byte*>(checksums_));
 }
 

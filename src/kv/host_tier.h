@@ -1,12 +1,14 @@
 // Full KV of every sequence outside device memory, in extents of one layer, in the form in which it crosses the wire,
-// with a checksum per page: the host tier, in host memory, or blocks of a store, where that has no room. Reservation on
-// the engine's thread; pages are written and read by the wire's workers, each page by one of them at a time.
+// with a checksum per page: the host tier, in host memory, or blocks of a store, where that has no room. Extents are
+// taken and given back on the engine's thread; pages are written and read by the wire's workers, each page by one of
+// them at a time.
 #pragma once
 
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <numeric>
 #include <span>
 #include <vector>
 
@@ -38,8 +40,8 @@ inline int extents_for(int pages, const KvShape& shape, ResidualCode code) {
 // bytes, one behind the other, that runs through its extents.
 class FullKv {
  public:
-  // Takes room for max_pages pages of every layer, and a block of record_bytes(...); the pools and the store must have
-  // it.
+  // Takes room for max_pages pages of every layer, however they are coded, and a block of record_bytes(...); the pools
+  // and the store must have it.
   FullKv(const KvShape& shape, ResidualCode code, PagePool& extents, PagePool& records, int max_pages);
   FullKv(const KvShape& shape, ResidualCode code, BlockStore& store, PagePool& records, int max_pages);
   // Checksums and ends.
@@ -51,6 +53,15 @@ class FullKv {
   FullKv& operator=(const FullKv&) = delete;
 
   bool in_store() const { return store_ != nullptr; }
+  // Extents, or blocks of the store, that it has now.
+  int extents() const { return std::accumulate(held_.begin(), held_.end(), 0); }
+  // Gives back those that pages not stored yet cannot need, however they are coded; how many. What is stored may be
+  // read meanwhile, and the next pages written.
+  int shrink();
+  int accounted() const { return accounted_; }  // pages stored when that was last looked at
+  // Forgets what is stored, gives back all, and takes as many as at first: no page is read or written meanwhile.
+  void vacate();
+  void occupy();
   // Whether lanes reach all of its extents by now; see Device::ready. They are blocks of one allocation of `host`.
   bool reachable(const Device& host) const;
   ResidualCode code() const { return code_; }
@@ -72,6 +83,7 @@ class FullKv {
   template <typename Visit>
   void for_each_piece(int layer, size_t begin, size_t end, const Visit& visit) const {
     for_each_extent(layer, begin, end, [&](size_t extent, size_t in_extent, size_t offset, size_t bytes) {
+      check(extents_[extent] != nullptr, "a page lies in extents of its sequence");
       visit(extents_[extent] + in_extent, offset, bytes);
     });
   }
@@ -88,16 +100,20 @@ class FullKv {
  private:
   FullKv(const KvShape& shape, ResidualCode code, PagePool* extents, BlockStore* store, PagePool& records,
          int max_pages);
+  // Gives back all but the first so many extents of a layer; how many.
+  int keep(int layer, int extents);
   // visit(index of the extent, offset in it, offset in the stream, bytes)
   template <typename Visit>
   void for_each_extent(int layer, size_t begin, size_t end, const Visit& visit) const {
     while (begin < end) {
       const size_t in_extent = begin % extent_bytes_;
       const size_t bytes = std::min(end - begin, extent_bytes_ - in_extent);
-      visit(static_cast<size_t>(layer) * static_cast<size_t>(extents_per_layer_) + begin / extent_bytes_, in_extent,
-            begin, bytes);
+      visit(extent_of(layer, static_cast<int>(begin / extent_bytes_)), in_extent, begin, bytes);
       begin += bytes;
     }
+  }
+  size_t extent_of(int layer, int index) const {
+    return static_cast<size_t>(layer) * static_cast<size_t>(extents_per_layer_) + static_cast<size_t>(index);
   }
   size_t record(int layer, int page) const {
     return static_cast<size_t>(layer) * static_cast<size_t>(max_pages_) + static_cast<size_t>(page);
@@ -110,9 +126,12 @@ class FullKv {
   int max_pages_;
   int extents_per_layer_;
   size_t extent_bytes_;
+  size_t page_bound_;
   std::atomic<int> stored_ = 0;
-  std::vector<std::byte*> extents_;  // (layers, extents_per_layer)
-  std::vector<int> blocks_;          // the same, in a store
+  int accounted_ = 0;
+  std::vector<int> held_;            // (layers): the first so many of its extents are there
+  std::vector<std::byte*> extents_;  // (layers, extents_per_layer); null where there is none
+  std::vector<int> blocks_;          // the same, in a store; -1
   uint64_t* checksums_;              // (layers, max_pages), of plain pages: host memory that the device reaches
   uint32_t* ends_;                   // (layers, max_pages): behind the checksums
 };

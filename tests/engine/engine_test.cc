@@ -3,6 +3,7 @@
 #include <random>
 
 #include "engine/least_budget.h"
+#include "engine/memory_plan.h"
 #include "memory_store.h"
 #include "model/loaded_model.h"
 
@@ -306,6 +307,64 @@ TEST(Engine, FullKvInAStoreGivesTheFullAnswer) {
   options.max_model_len = 768;  // a sequence of which the host memory holds
   const size_t budget = test::least_budget(*small_model().model, nullptr, options);
   expect_identical(reference, run(nullptr, with_store(options, 0), prompts(), 40, 0.7f, 2 * budget), "streaming");
+}
+
+// Coded pages leave room for another sequence than those that surely fit; one whose pages come back broken gives all
+// its room back, and has it anew.
+TEST(Engine, WhatCodedPagesLeaveIsTheNextSequences) {
+  constexpr int kPrompt = 4300;
+  constexpr int kAnswer = 60;
+  const std::vector<std::vector<TokenId>> both{random_prompt(kPrompt, 8), random_prompt(kPrompt, 9)};
+  EngineOptions options = full_mode();
+  options.max_sequences = 2;
+  options.max_model_len = kPrompt + kAnswer;
+  const KvShape shape = small_model().model->kv_shape();
+  const int pages = (kPrompt + kAnswer + kPageTokens - 1) / kPageTokens;
+  const int most = extents_for(pages, shape, ResidualCode::resident);
+  ASSERT_EQ(most, 3 * shape.layers);
+  const Outcome reference = run(nullptr, options, both, kAnswer, 0);
+  options.horizon = 8;
+  options.host_memory = static_cast<size_t>(most + shape.layers) * extent_bytes(shape);
+  const auto expect_together = [&](bool together) {
+    Outcome result;
+    result.answers.resize(both.size());
+    bool second_began = false;
+    {
+      const std::unique_ptr<Device> device = test::make_test_device();
+      Engine engine(*small_model().model, *device, make_compressor("plane:bits=8"), options);
+      engine.hold_decoding(true);
+      engine.submit(make_request(both[0], kAnswer, 0, result.answers[0]));
+      Request second = make_request(both[1], kAnswer, 0, result.answers[1]);
+      second.on_progress = [&, inner = second.on_progress](const Progress& progress) {
+        second_began = second_began || !result.answers[0].finish;
+        inner(progress);
+      };
+      engine.submit(std::move(second));
+      while (engine.reading() && engine.step()) {
+      }
+      engine.hold_decoding(false);
+      engine.run();
+      EXPECT_TRUE(engine.pools_whole());
+      result.stats = engine.stats();
+    }
+    expect_identical(reference, result, together ? "together" : "one after the other");
+    EXPECT_EQ(second_began, together);
+    EXPECT_LE(result.stats.peak_extent_bytes, result.stats.host_pool_bytes);
+    return result.stats.recomputed_tokens;
+  };
+  const auto at_once = [&] {
+    const std::unique_ptr<Device> device = test::make_test_device();
+    const std::unique_ptr<Compressor> compressor = make_compressor("plane:bits=8");
+    return sequences_that_fit(*small_model().model, compressor.get(), options, *device, 8);
+  };
+  options.wire_form = WireForm::plain;
+  EXPECT_EQ(at_once(), 1);
+  EXPECT_EQ(expect_together(false), 0);
+  options.wire_form = WireForm::coded;
+  EXPECT_EQ(at_once(), 2);
+  EXPECT_EQ(expect_together(true), 0);
+  options.inject_corruption_every = 450;  // a page of the second, which has fewer
+  EXPECT_GT(expect_together(true), 0);
 }
 
 TEST(Engine, AStoreThatFailsIsNeverAnAnswer) {

@@ -74,6 +74,58 @@ TEST(Scheduler, AdmitsInOrderByWhatIsReserved) {
   EXPECT_EQ(scheduler.free_host_extents(), 50);
 }
 
+// What a sequence turns out not to need is the next one's.
+TEST(Scheduler, ExtentsThatAreGivenBackAdmitOthers) {
+  Scheduler scheduler(limits());
+  scheduler.enqueue(1, {.host_extents = 30});
+  scheduler.enqueue(2, {.host_extents = 30});
+  EXPECT_EQ(scheduler.next({}).admit, Ids{1});
+  scheduler.release_extents(1, 9);
+  EXPECT_FALSE(scheduler.admits());
+  EXPECT_TRUE(scheduler.next({}).admit.empty());
+  scheduler.release_extents(1, 1);
+  EXPECT_TRUE(scheduler.admits());
+  EXPECT_EQ(scheduler.free_host_extents(), 30);
+  EXPECT_EQ(scheduler.next({}).admit, Ids{2});
+  EXPECT_FALSE(scheduler.admits()) << "nobody waits";
+  EXPECT_EQ(scheduler.free_host_extents(), 0);
+  scheduler.release_extents(2, 30);
+  scheduler.remove(1);
+  scheduler.remove(2);
+  EXPECT_EQ(scheduler.free_host_extents(), 50);
+}
+
+TEST(Scheduler, WhoLosesItsExtentsHasThemAnewBeforeOthersAreAdmitted) {
+  Scheduler scheduler(limits());
+  scheduler.enqueue(1, {.host_extents = 30});
+  scheduler.enqueue(2, {.host_extents = 30});
+  scheduler.enqueue(3, {.host_extents = 5});
+  EXPECT_EQ(scheduler.next({}).admit, Ids{1});
+  scheduler.release_extents(1, 20);
+  EXPECT_EQ(scheduler.next({}).admit, (Ids{2, 3}));
+  scheduler.enqueue(4, {.host_extents = 5});
+  scheduler.readmit(1);
+  EXPECT_EQ(scheduler.free_host_extents(), 15);
+  StepPlan plan = scheduler.next({});
+  EXPECT_TRUE(plan.readmit.empty());
+  EXPECT_TRUE(plan.admit.empty()) << "4 would fit, but does not overtake";
+  EXPECT_FALSE(scheduler.admits());
+  scheduler.readmit(2);
+  EXPECT_TRUE(scheduler.admits());
+  plan = scheduler.next({});
+  EXPECT_EQ(plan.readmit, Ids{1}) << "no two wait for what the other has";
+  EXPECT_TRUE(plan.admit.empty());
+  scheduler.remove(2);  // while it waits
+  plan = scheduler.next({});
+  EXPECT_TRUE(plan.readmit.empty());
+  EXPECT_EQ(plan.admit, Ids{4});
+  EXPECT_EQ(scheduler.free_host_extents(), 10);
+  for (const SeqId id : {1, 3, 4}) {
+    scheduler.remove(id);
+  }
+  EXPECT_EQ(scheduler.free_host_extents(), 50);
+}
+
 TEST(Scheduler, WhoHasNoRoomInHostMemoryGoesToTheStore) {
   SchedulerLimits with_store = limits();
   with_store.store_extents = 60;

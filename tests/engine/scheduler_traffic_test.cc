@@ -49,6 +49,7 @@ class Simulation {
         std::next(sequences_.begin(), below(static_cast<int>(sequences_.size())))->second.cancelled = true;
       }
       leave();
+      give_back();
       report();
       const StepPlan plan = next();
       check_plan(plan);
@@ -80,13 +81,15 @@ class Simulation {
     int horizon = 0;
     int replay_tokens = 0;  // of its context, to be replayed once the prompt is read
     int replay_left = 0;
+    int extents = 0;       // of those it needs
+    bool evicted = false;  // it has none and waits for them
     bool admitted = false;
     bool in_pass = false;
     bool cancelled = false;
     bool told = false;    // the scheduler knows its load
     int passed_over = 0;  // passes opened without it while it could have gone
     Load load(int most_horizon) const {
-      const bool over = cancelled || tokens >= length;
+      const bool over = cancelled || evicted || tokens >= length;
       return {.backlog = over ? 0 : tokens - verified,
               .drafted = drafted,
               .horizon = horizon,
@@ -132,6 +135,28 @@ class Simulation {
     });
   }
 
+  // Pages that take less than they may, and such as come back broken.
+  void give_back() {
+    for (auto& [id, s] : sequences_) {
+      if (!s.admitted || s.in_pass) {
+        continue;
+      }
+      if (s.extents > 0 && below(20) == 0) {
+        const int extents = between(1, s.extents);
+        s.extents -= extents;
+        scheduler_->release_extents(id, extents);
+        twin_->release_extents(id, extents);
+      }
+      if (!s.evicted && below(60) == 0) {
+        s.extents = 0;
+        s.evicted = true;
+        s.verified = s.stored_tokens = s.drafted = 0;
+        scheduler_->readmit(id);
+        twin_->readmit(id);
+      }
+    }
+  }
+
   void report() {
     for (auto& [id, s] : sequences_) {
       if (s.admitted) {
@@ -147,15 +172,28 @@ class Simulation {
 
   StepPlan next() {
     const Usage usage{.open_passes = static_cast<int>(passes_.size())};
+    const bool admits = scheduler_->admits();
     const StepPlan plan = scheduler_->next(usage);
+    EXPECT_EQ(admits, !plan.admit.empty() || !plan.readmit.empty());
     const StepPlan same = twin_->next(usage);
     EXPECT_EQ(plan.admit, same.admit);
+    EXPECT_EQ(plan.readmit, same.readmit);
     EXPECT_EQ(plan.pass, same.pass);
     EXPECT_EQ(plan.draft, same.draft);
     return plan;
   }
 
   void check_plan(const StepPlan& plan) {
+    for (const SeqId id : plan.readmit) {
+      Sequence& s = sequences_.at(id);
+      ASSERT_TRUE(s.admitted && s.evicted);
+      s.evicted = false;
+      s.told = false;  // that it may go
+      s.extents = s.needs.host_extents;
+    }
+    for (const auto& [id, s] : sequences_) {
+      ASSERT_TRUE(plan.admit.empty() || !s.evicted) << "nobody is admitted before those";
+    }
     for (const SeqId id : plan.admit) {
       ASSERT_FALSE(sequences_.at(id).admitted);
       for (const auto& [other, s] : sequences_) {
@@ -163,12 +201,13 @@ class Simulation {
             << "first come, first served";
       }
       sequences_.at(id).admitted = true;
+      sequences_.at(id).extents = sequences_.at(id).needs.host_extents;
     }
     Needs reserved;
     int running = 0;
     for (const auto& [id, s] : sequences_) {
       reserved.resident_pages += s.admitted ? s.needs.resident_pages : 0;
-      reserved.host_extents += s.admitted ? s.needs.host_extents : 0;
+      reserved.host_extents += s.admitted ? s.extents : 0;
       running += s.admitted ? 1 : 0;
     }
     ASSERT_LE(running, limits_.max_sequences);
@@ -181,7 +220,7 @@ class Simulation {
     check_service(plan.pass, running);
     for (const SeqId id : plan.draft) {
       const Sequence& s = sequences_.at(id);
-      ASSERT_TRUE(limits_.drafting && s.admitted && s.tokens - s.verified == 1 && s.replay_left == 0);
+      ASSERT_TRUE(limits_.drafting && s.admitted && !s.evicted && s.tokens - s.verified == 1 && s.replay_left == 0);
       const std::vector<SeqId> passing_now = ids(plan.pass);
       const bool passing = s.in_pass || std::count(passing_now.begin(), passing_now.end(), id) > 0;
       ASSERT_LT(s.drafted, (passing ? 2 : 1) * s.horizon);

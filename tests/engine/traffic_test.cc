@@ -95,6 +95,18 @@ TEST(Traffic, BlocksThatComeBackBroken) {
   EXPECT_GT(stats.recomputed_tokens, 0);
 }
 
+// Coded pages give room back, broken ones all of it.
+TEST(Traffic, ALittleHostMemoryForCodedPages) {
+  TrafficSetup setup{.compressor = "quarot:bits=4", .options = options_of(8, 5, 200)};
+  setup.options.host_memory = size_t{10} << 20;
+  setup.options.wire_form = WireForm::coded;
+  setup.options.inject_delay_us = 100;
+  setup.options.inject_corruption_every = 301;
+  const EngineStats stats = run_traffic(setup, visitors());
+  EXPECT_GT(stats.recomputed_tokens, 0);
+  EXPECT_LE(stats.peak_extent_bytes, stats.host_pool_bytes);
+}
+
 // Host memory for one of them; the others' full KV lies in a store that fails.
 TEST(Traffic, AStoreBehindALittleHostMemory) {
   TrafficSetup setup{.compressor = "kivi:bits=4", .options = options_of(8, 5, 200)};

@@ -345,6 +345,67 @@ TEST(FullKv, BytesComeBackFromHostMemoryAndFromAStore) {
   EXPECT_EQ(pool.pool.used(), 0);
 }
 
+// What pages turn out not to need goes back, in steps, and never what those to come may take.
+TEST(FullKv, GivesBackWhatCodedPagesLeave) {
+  constexpr int kPages = 400;
+  const int extents = extents_for(kPages, kShape, ResidualCode::lossless);
+  const int of_layer = extents / kShape.layers;
+  ASSERT_GT(of_layer, 5);
+  OwnedPool records(FullKv::record_bytes(kShape, kPages), 2);
+  OwnedPool pool(extent_bytes(kShape), extents);
+  test::MemoryStore store(extent_bytes(kShape), extents);
+  const size_t bound = residual_bound(kShape);
+  {
+    FullKv in_memory(kShape, ResidualCode::lossless, pool.pool, records.pool, kPages);
+    FullKv in_store(kShape, ResidualCode::lossless, store, records.pool, kPages);
+    for (FullKv* full : {&in_memory, &in_store}) {
+      const auto free = [&] { return full->in_store() ? store.free() : pool.pool.free(); };
+      EXPECT_EQ(full->extents(), extents);
+      EXPECT_EQ(full->shrink(), 0) << "nothing is known yet";
+      const auto store_pages = [&](int end, size_t bytes) {
+        for (int page = full->stored(); page < end; ++page) {
+          for (int layer = 0; layer < kShape.layers; ++layer) {
+            full->place(layer, page, bytes);
+          }
+        }
+        full->set_stored(end);
+      };
+      store_pages(100, bound);
+      EXPECT_EQ(full->shrink(), 0) << "they took all that they may";
+      int given = 0;
+      for (int end = 150; end <= kPages; end += 50) {
+        store_pages(end, bound / 4 / kResidualUnit * kResidualUnit);
+        given += full->shrink();
+        EXPECT_EQ(full->extents(), extents - given);
+        EXPECT_EQ(free(), given);
+        const size_t most = full->begin(0, end) + static_cast<size_t>(kPages - end) * bound;
+        const auto has = static_cast<size_t>(full->extents() / kShape.layers) * extent_bytes(kShape);
+        EXPECT_GE(has, most);
+        EXPECT_LT(has - most, extent_bytes(kShape));
+        EXPECT_EQ(full->shrink(), 0);
+      }
+      EXPECT_GT(given, extents / 3);
+      std::vector<std::byte> page(full->end(1, kPages - 1) - full->begin(1, kPages - 1), std::byte{3});
+      EXPECT_TRUE(full->write(1, full->begin(1, kPages - 1), page));
+      std::vector<std::byte> back(page.size());
+      EXPECT_TRUE(full->read(1, full->begin(1, kPages - 1), back));
+      EXPECT_EQ(back, page);
+
+      full->vacate();
+      EXPECT_EQ(full->stored(), 0);
+      EXPECT_EQ(full->extents(), 0);
+      EXPECT_EQ(free(), extents);
+      full->occupy();
+      EXPECT_EQ(full->extents(), extents);
+      store_pages(1, bound);
+      full->shrink();
+      EXPECT_EQ(free(), 0);
+    }
+  }
+  EXPECT_EQ(store.free(), extents);
+  EXPECT_EQ(pool.pool.free(), extents);
+}
+
 TEST(FullKvDeathTest, NeedsABlockOfRecordsThatIsLargeEnough) {
   OwnedPool owned(extent_bytes(kShape), extents_for(10, kShape, ResidualCode::plain));
   OwnedPool small(FullKv::record_bytes(kShape, 9), 1);
