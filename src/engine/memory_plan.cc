@@ -5,7 +5,7 @@
 
 #include "base/error.h"
 #include "compress/key_rounding.h"
-#include "kv/host_tier.h"
+#include "kv/full_kv.h"
 #include "kv/tail.h"
 #include "kv/wire.h"
 

@@ -9,7 +9,7 @@
 
 #include "compress/compressor.h"
 #include "engine/engine.h"
-#include "kv/host_tier.h"
+#include "kv/full_kv.h"
 #include "kv/resident.h"
 #include "kv/tail.h"
 #include "speculate/horizon.h"

@@ -9,7 +9,7 @@
 
 #include "backend/kernels.h"
 #include "backend/kv_view.h"
-#include "kv/host_tier.h"
+#include "kv/full_kv.h"
 #include "kv/resident.h"
 
 namespace vericache {

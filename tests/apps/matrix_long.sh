@@ -4,8 +4,9 @@
 set -euo pipefail
 vericache=$1
 models=$2
-compressors=(none kivi:bits=2 kivi:bits=3 kivi:bits=4 kivi:bits=6 kivi:bits=8 quarot:bits=2 quarot:bits=3 quarot:bits=4 plane:bits=6 plane:bits=8 fp8 int8
-  kvquant:bits=2 kvquant:bits=3 snapkv:budget=0.2+kvquant:bits=3
+compressors=(none kivi:bits=2 kivi:bits=3 kivi:bits=4 kivi:bits=6 kivi:bits=8 kivi:k=8,v=4
+  quarot:bits=2 quarot:bits=3 quarot:bits=4 quarot:bits=6 quarot:bits=8 quarot:k=4,v=2 plane:bits=6 plane:bits=7 plane:bits=8 plane:bits=9 fp8 int8
+  kvquant:bits=2 kvquant:bits=3 kvquant:bits=4 snapkv:budget=0.2+kvquant:bits=3
   streaming-llm:window=0.2 snapkv:budget=0.2 snapkv:budget=0.2+kivi:bits=4 snapkv:budget=0.2+quarot:bits=3
   pyramidkv h2o tova knorm keydiff expected kvzip 'adakv(kvzip)+kivi:bits=4' 'adakv(snapkv)' 'adakv(h2o)+kivi:bits=4' 'knorm;layers=0-1:none' quest:budget=0.2 quest:budget=0.2+kivi:bits=4)
 flags=()

@@ -8,7 +8,7 @@
 
 #include "backend/device.h"
 #include "backend/factory.h"
-#include "kv/host_tier.h"
+#include "kv/full_kv.h"
 #include "kv/page_pool.h"
 #include "kv/tail.h"
 

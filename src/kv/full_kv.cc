@@ -1,4 +1,4 @@
-#include "kv/host_tier.h"
+#include "kv/full_kv.h"
 
 #include <cstring>
 #include <utility>
