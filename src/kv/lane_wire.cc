@@ -16,9 +16,6 @@ namespace {
 constexpr uint64_t kCounters = 4096;
 // Encoded layers in the ring at once, at most.
 constexpr size_t kCodedSlots = 8;
-// Page sets that are encoded before their sizes are looked at.
-constexpr int kBatchPages = 4;
-static_assert(kBatchPages <= EncodeArgs::kMostPages);
 
 // Before the pages of a part, in the ring: where each ends.
 size_t ends_bytes(int pages) {
@@ -32,9 +29,6 @@ size_t ring_bytes_for(const KvShape& shape, const WireOptions& options) {
   // A part has at least a page: its ends take a unit at most beside the pages'.
   return std::max(static_cast<size_t>(options.ring_layers) * pages * expected, pages * residual_bound(shape)) +
          static_cast<size_t>(options.ring_layers) * pages * kResidualUnit;
-}
-size_t outgoing_bytes_for(const KvShape& shape) {
-  return static_cast<size_t>(shape.layers) * kBatchPages * residual_bound(shape);
 }
 
 }  // namespace
@@ -103,19 +97,13 @@ class LaneWire::LaneFetch final : public Fetch {
 LaneWire::LaneWire(const KvShape& shape, const WireOptions& options, Device& device, Device& host, Kernels& kernels)
     : Wire(shape, options, options.code == ResidualCode::plain ? options.ring_layers : 1, device),
       in_(kernels.lane(Kernels::Place::wire_in)),
-      out_(kernels.lane(Kernels::Place::wire_out)),
+      port_(options.stores ? std::make_unique<StorePort>(shape, options, WireOut::kBatchPages, host, in_) : nullptr),
+      out_(shape, options, device, host, kernels, port_.get()),
       slots_(coded() ? kCodedSlots : static_cast<size_t>(options.ring_layers)),
       mismatches_(host.allocate_array<uint32_t>(kCounters, "the wire's counters")) {
   if (coded()) {
     ring_bytes_ = ring_bytes_for(shape, options);
     ring_ = device.allocate(ring_bytes_, "staging");
-    outgoing_ = device.allocate(outgoing_bytes_for(shape), "staging");
-    outgoing_sizes_ =
-        device.allocate_array<uint32_t>(size_t{kBatchPages} * static_cast<size_t>(shape.kv_heads), "staging's tables");
-    outgoing_ends_ = host.allocate_array<uint32_t>(static_cast<size_t>(shape.layers) * kBatchPages, "sizes");
-  }
-  if (options.stores) {
-    port_ = std::make_unique<StorePort>(shape, options, kBatchPages, host, in_);
   }
   if (options.gbps > 0) {
     throw UsageError("--wire-gbps caps an imitated link; a GPU's link is the real one: leave the flag out");
@@ -123,9 +111,8 @@ LaneWire::LaneWire(const KvShape& shape, const WireOptions& options, Device& dev
 }
 
 LaneWire::~LaneWire() {
-  port_ = nullptr;
+  port_ = nullptr;  // its threads end before what they read and write
   in_.wait(in_.mark());
-  out_.wait(out_.mark());
 }
 
 size_t LaneWire::device_bytes(const KvShape& shape, const WireOptions& options) {
@@ -134,13 +121,13 @@ size_t LaneWire::device_bytes(const KvShape& shape, const WireOptions& options) 
   }
   const auto aligned = [](size_t bytes) { return (bytes + 4095) / 4096 * 4096; };
   return Staging::bytes(shape, 1, options.slot_pages) + aligned(ring_bytes_for(shape, options)) +
-         aligned(outgoing_bytes_for(shape)) +
-         aligned(size_t{kBatchPages} * static_cast<size_t>(shape.kv_heads) * sizeof(uint32_t));
+         WireOut::device_bytes(shape, options);
 }
 
 size_t LaneWire::host_bytes(const KvShape& shape, const WireOptions& options) {
-  const size_t tables = (kCounters + static_cast<size_t>(shape.layers) * kBatchPages) * sizeof(uint32_t) + 2 * 4096;
-  return tables + (options.stores ? StorePort::host_bytes(shape, options, kBatchPages) : 0);
+  const size_t counters = kCounters * sizeof(uint32_t) + 4096;
+  return counters + WireOut::host_bytes(shape) +
+         (options.stores ? StorePort::host_bytes(shape, options, WireOut::kBatchPages) : 0);
 }
 
 std::shared_ptr<Fetch> LaneWire::fetch(std::vector<FetchPart> parts) {
@@ -346,176 +333,13 @@ void LaneWire::release(const Fetch& fetch, int layer, Kernels& lane) {
   }
 }
 
-// The pass that computed the pages is over: the host has seen its last mark.
 void LaneWire::store(FullKv& full, int first, std::vector<const std::byte*> page_sets, const ResidentKv* resident) {
-  check(first + static_cast<int>(page_sets.size()) <= full.max_pages(),
-        "a store fits the room reserved for the sequence");
-  stores_.push_back({.full = &full, .first = first, .sets = std::move(page_sets), .resident = resident});
-  if (!coded() && !full.in_store()) {
-    begin_batch(stores_.back());
-  }
-  advance_stores();
-}
-
-void LaneWire::advance_stores() {
-  while (!stores_.empty()) {
-    Store& store = stores_.front();
-    if (store.full->in_store() && !port_->reachable()) {
-      return;
-    }
-    if (store.batch == 0) {
-      begin_batch(store);
-    }
-    if (store.copied == 0) {
-      if (!out_.reached(store.encoded)) {
-        return;
-      }
-      copy_batch(store);
-    }
-    if (!out_.reached(store.copied)) {
-      return;
-    }
-    if (store.full->in_store()) {
-      if (store.job == 0) {
-        write_batch(store);
-      }
-      if (!port_->written(store.job)) {
-        return;
-      }
-    }
-    end_batch(store);
-    if (store.done == store.count()) {
-      stores_.pop_front();
-    }
-  }
-}
-
-void LaneWire::begin_batch(Store& store) {
-  const bool whole = !coded() && !store.full->in_store();
-  store.batch = whole ? store.count() : std::min(kBatchPages, store.count() - store.done);
-  store.copied = 0;
-  store.job = 0;
-  linger(out_);
-  store.begun = out_.mark();
-  FullKv& full = *store.full;
-  const int first = store.first + store.done;
-  for (int i = 0; i < store.batch; ++i) {
-    out_.checksum({.first = store.set(i),
-                   .stride = page_bytes_,
-                   .bytes = page_bytes_,
-                   .count = shape_.layers,
-                   .checksum_stride = full.max_pages()},
-                  full.checksums(0) + first + i);
-  }
-  if (coded()) {
-    encode_batch(store);
-    store.encoded = out_.mark();
-  } else {
-    copy_batch(store);
-  }
-}
-
-void LaneWire::encode_batch(Store& store) {
-  std::vector<const std::byte*> pages(static_cast<size_t>(store.batch));
-  for (int layer = 0; layer < shape_.layers; ++layer) {
-    for (int i = 0; i < store.batch; ++i) {
-      pages[static_cast<size_t>(i)] = store.set(i) + static_cast<size_t>(layer) * page_bytes_;
-    }
-    const auto slot = static_cast<size_t>(layer) * kBatchPages;
-    out_.encode({.shape = shape_,
-                 .code = options_.code,
-                 .pages = pages,
-                 .resident = store.resident != nullptr ? store.resident->layer(layer).view() : KvView{},
-                 .first = store.first + store.done,
-                 .sizes = outgoing_sizes_,
-                 .out = outgoing_ + slot * residual_bound(shape_),
-                 .ends = outgoing_ends_ + slot});
-  }
-}
-
-// The sizes of the pages are known: they get their places.
-void LaneWire::copy_batch(Store& store) {
-  FullKv& full = *store.full;
-  const int first = store.first + store.done;
-  size_t bytes = 0;
-  copies_.clear();
-  for (int layer = 0; layer < shape_.layers; ++layer) {
-    const auto slot = static_cast<size_t>(layer) * kBatchPages;
-    uint32_t begin = 0;
-    for (int i = 0; i < store.batch; ++i) {
-      const std::byte* source = store.set(i) + static_cast<size_t>(layer) * page_bytes_;
-      size_t page_size = page_bytes_;
-      if (coded()) {
-        const uint32_t end = outgoing_ends_[slot + static_cast<size_t>(i)];
-        source = outgoing_ + slot * residual_bound(shape_) + begin * kResidualUnit;
-        page_size = (end - begin) * kResidualUnit;
-        begin = end;
-      }
-      full.place(layer, first + i, page_size);
-      const size_t at = full.begin(layer, first + i);
-      const auto copy = [&](std::byte* memory, size_t offset, size_t count) {
-        BlockCopy* last = copies_.empty() ? nullptr : &copies_.back();
-        const std::byte* from = source + (offset - at);
-        if (last != nullptr && last->target + last->bytes == memory && last->source + last->bytes == from) {
-          last->bytes += count;
-        } else {
-          copies_.push_back({memory, from, count});
-        }
-      };
-      if (full.in_store()) {
-        copy(port_->leaving(layer) + (at - full.begin(layer, first)), at, page_size);
-      } else {
-        full.for_each_piece(layer, at, at + page_size, copy);
-      }
-      bytes += page_size;
-    }
-  }
-  out_.copy(copies_);
-  bytes_out_.fetch_add(bytes, std::memory_order_relaxed);
-  store.copied = out_.mark();
-}
-
-// What a store does not take is missing when it is read, and computed anew.
-void LaneWire::write_batch(Store& store) {
-  FullKv& full = *store.full;
-  const int first = store.first + store.done;
-  store.job = port_->write([this, &full, first, last = first + store.batch - 1] {
-    for (int layer = 0; layer < shape_.layers; ++layer) {
-      const size_t begin = full.begin(layer, first);
-      full.write(layer, begin, {port_->leaving(layer), full.end(layer, last) - begin});
-    }
-  });
-}
-
-void LaneWire::end_batch(Store& store) {
-  corrupt(store);
-  if (options_.trace != nullptr) {
-    options_.trace->span("wire out", fmt::format("{} pages", store.batch), out_.time(store.begun),
-                         out_.time(store.copied));
-  }
-  store.done += store.batch;
-  store.batch = 0;
-  store.full->set_stored(store.first + store.done);
-  ++changes_;
-}
-
-// For tests: every n-th page that has left the device has one bit flipped.
-void LaneWire::corrupt(const Store& store) {
-  for (int layer = 0; layer < shape_.layers && options_.inject_corruption_every != 0; ++layer) {
-    for (int i = 0; i < store.batch; ++i) {
-      if (++stored_pages_ % options_.inject_corruption_every == 0) {
-        const int page = store.first + store.done + i;
-        const size_t begin = store.full->begin(layer, page);
-        const size_t bytes = store.full->end(layer, page) - begin;
-        store.full->flip_bit(layer, begin + stored_pages_ % bytes);
-      }
-    }
-  }
+  out_.store(full, first, std::move(page_sets), resident);
 }
 
 bool LaneWire::stores_pending(const FullKv& full) {
-  advance_stores();
-  return std::any_of(stores_.begin(), stores_.end(), [&](const Store& store) { return store.full == &full; });
+  out_.advance();
+  return out_.pending(full);
 }
 
 // A fetch that nobody else holds any more is over.
@@ -535,9 +359,9 @@ uint64_t LaneWire::corrupt_blocks() {
 }
 
 uint64_t LaneWire::changes() {
-  advance_stores();
+  out_.advance();
   pump();
-  return changes_;
+  return out_.ended();
 }
 
 void LaneWire::wait_change(uint64_t seen) {

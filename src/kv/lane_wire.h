@@ -3,17 +3,17 @@
 #pragma once
 
 #include <deque>
+#include <memory>
 #include <random>
+#include <vector>
 
-#include "kv/store_port.h"
-#include "kv/wire.h"
+#include "kv/wire_out.h"
 
 namespace vericache {
 
 // Plain pages are copied into staging slots. Encoded ones are copied into a ring of bytes; the lane that awaits a layer
-// decodes it into staging, so that one slot is enough and the ring's bytes are free again. On their way out pages are
-// encoded into a block of their own; when the host knows their sizes, they are copied to their places. What lies in a
-// store comes and goes through a StorePort.
+// decodes it into staging, so that one slot is enough and the ring's bytes are free again. The way out is WireOut's.
+// What lies in a store comes and goes through a StorePort.
 class LaneWire final : public Wire {
  public:
   // host: what the engine's thread and the device both reach.
@@ -35,6 +35,7 @@ class LaneWire final : public Wire {
   bool stores_pending(const FullKv& full) override;
   uint64_t changes() override;
   void wait_change(uint64_t seen) override;
+  uint64_t bytes_out() const override { return out_.bytes(); }
   uint64_t corrupt_blocks() override;
 
  private:
@@ -49,61 +50,32 @@ class LaneWire final : public Wire {
     Mark released = 0;
     Kernels* reader = nullptr;  // the lane that released it
   };
-  struct Store {
-    FullKv* full;
-    int first;
-    std::vector<const std::byte*> sets;
-    const ResidentKv* resident;
-    int done = 0;   // page sets that are out
-    int batch = 0;  // page sets under way behind them
-    Mark begun = 0;
-    Mark encoded = 0;
-    Mark copied = 0;   // 0: their places are not known yet
-    uint64_t job = 0;  // of writing them to a store; 0: not begun
-    int count() const { return static_cast<int>(sets.size()); }
-    // The i-th page set of the batch.
-    const std::byte* set(int i) const { return sets[static_cast<size_t>(done) + static_cast<size_t>(i)]; }
-  };
   bool coded() const { return options_.code != ResidualCode::plain; }
   void pump();
   void land();
   bool landed();
   bool place(size_t bytes, Slot& slot) const;
   void send_layer(LaneFetch& fetch, int layer);
-  void decode(const FetchPart& part, const Fetch& fetch, int layer, const std::byte* in, Kernels& lane);
   void let_go(Kernels& lane);
-  void advance_stores();
-  void begin_batch(Store& store);
-  void encode_batch(Store& store);
-  void copy_batch(Store& store);
-  void write_batch(Store& store);
-  void end_batch(Store& store);
-  void corrupt(const Store& store);
   void linger(Kernels& lane);
   Slot& slot(uint64_t ticket) { return slots_[ticket % slots_.size()]; }
   const Slot& slot(uint64_t ticket) const { return slots_[ticket % slots_.size()]; }
 
   Kernels& in_;
-  Kernels& out_;
+  std::unique_ptr<StorePort> port_;  // null without a store
+  WireOut out_;
   std::vector<Slot> slots_;
   std::deque<std::shared_ptr<LaneFetch>> fetches_;     // not wholly sent
   std::vector<std::shared_ptr<LaneFetch>> uncounted_;  // whose mismatches corrupt_blocks_ lacks
-  std::deque<Store> stores_;
   std::vector<BlockCopy> copies_;
   std::byte* ring_ = nullptr;  // encoded layers that have come in, or come
   size_t ring_bytes_ = 0;
-  std::byte* outgoing_ = nullptr;       // (layers, kBatchPages): encoded pages
-  uint32_t* outgoing_sizes_ = nullptr;  // (kBatchPages, kv_heads)
-  uint32_t* outgoing_ends_ = nullptr;   // (layers, kBatchPages): host memory that the device reaches
   uint32_t* mismatches_;  // a ring of counters, one a part of a fetch; host memory that the device reaches
   uint64_t next_counter_ = 0;
   uint64_t next_ticket_ = 0;
   uint64_t sent_ = 0;      // tickets below are on the wire or across
   uint64_t released_ = 0;  // tickets below are released
-  uint64_t stored_pages_ = 0;
-  uint64_t changes_ = 0;
   std::minstd_rand random_;
-  std::unique_ptr<StorePort> port_;  // null without a store; last: its threads end before what they read and write
 };
 
 }  // namespace vericache

@@ -29,6 +29,7 @@ class ThreadWire final : public Wire {
   bool stores_pending(const FullKv& full) override;
   uint64_t changes() override { return changes_.load(std::memory_order_acquire); }
   void wait_change(uint64_t seen) override;
+  uint64_t bytes_out() const override { return bytes_out_.load(std::memory_order_relaxed); }
 
  private:
   struct Store {
@@ -58,6 +59,7 @@ class ThreadWire final : public Wire {
   uint64_t released_ = 0;  // tickets below are released
   bool closing_ = false;
   std::atomic<uint64_t> changes_ = 0;
+  std::atomic<uint64_t> bytes_out_ = 0;
   std::atomic<uint64_t> stored_pages_ = 0;
   std::thread fetch_thread_;
   std::thread store_thread_;

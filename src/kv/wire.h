@@ -117,7 +117,7 @@ class Wire {
   virtual void wait_change(uint64_t seen) = 0;
 
   uint64_t bytes_in() const { return bytes_in_.load(std::memory_order_relaxed); }
-  uint64_t bytes_out() const { return bytes_out_.load(std::memory_order_relaxed); }
+  virtual uint64_t bytes_out() const = 0;
   virtual uint64_t corrupt_blocks() { return corrupt_blocks_.load(std::memory_order_relaxed); }
 
  protected:
@@ -131,7 +131,6 @@ class Wire {
   Staging staging_;
   size_t page_bytes_;
   std::atomic<uint64_t> bytes_in_ = 0;
-  std::atomic<uint64_t> bytes_out_ = 0;
   std::atomic<uint64_t> corrupt_blocks_ = 0;
 };
 
