@@ -5,6 +5,7 @@
 #include "backend/cuda/chunk_math.cuh"
 #include "backend/cuda/outlier_steps.cuh"
 #include "backend/cuda/page_ring.cuh"
+#include "backend/cuda/plane_steps.cuh"
 #include "backend/cuda/rotation.cuh"
 
 namespace vericache::cuda {
@@ -129,14 +130,14 @@ class DraftWarp {
     }
     keys += kHeadDim * 4;
     if (bits == 2) {
-      score_plane2(keys, scaled, scores);
+      score_plane2(keys, lane_, scaled, scores);
     } else {
       if (bits == 8) {
-        score_plane4(keys, kHighExponent, scaled, scores);
+        score_plane4(keys, kHighExponent, lane_, scaled, scores);
         ring.release();
         keys = ring.wait();
       }
-      score_plane4(keys, kLowExponent, scaled, scores);
+      score_plane4(keys, kLowExponent, lane_, scaled, scores);
     }
     ring.release();
     add_to_all(by_middle, by_affine, scores);
@@ -238,51 +239,6 @@ class DraftWarp {
                   of_first[2 * s], of_first[2 * s + 1]);
       tensor_step(second, pairs[1][0][2 * s], pairs[1][1][2 * s], pairs[1][0][2 * s + 1], pairs[1][1][2 * s + 1],
                   of_second[2 * s], of_second[2 * s + 1]);
-    }
-  }
-
-  __device__ void score_plane4(const std::byte* plane, uint32_t exponent, const uint32_t (&scaled)[kGroups][4],
-                               float (&scores)[4][4]) {
-#pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        uint32_t words[4];
-        read16(plane + ((group * 2 + half) * 32 + lane_) * 16, words);
-        uint32_t pairs[4][4];
-#pragma unroll
-        for (int word = 0; word < 4; ++word) {
-          unpack4(words[word], exponent, pairs[word]);
-        }
-#pragma unroll
-        for (int s = 0; s < 2; ++s) {
-#pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            const uint32_t(&low)[4] = pairs[2 * j];
-            const uint32_t(&high)[4] = pairs[2 * j + 1];
-            tensor_step(scores[2 * half + j], low[2 * s], high[2 * s], low[2 * s + 1], high[2 * s + 1],
-                        scaled[group][2 * s], scaled[group][2 * s + 1]);
-          }
-        }
-      }
-    }
-  }
-
-  __device__ void score_plane2(const std::byte* plane, const uint32_t (&scaled)[kGroups][4], float (&scores)[4][4]) {
-#pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
-      uint32_t words[4];
-      read16(plane + (group * 32 + lane_) * 16, words);
-#pragma unroll
-      for (int tile = 0; tile < 4; ++tile) {
-        uint32_t pairs[8];
-        unpack2(words[tile], pairs);
-#pragma unroll
-        for (int s = 0; s < 2; ++s) {
-          tensor_step(scores[tile], pairs[2 * s], pairs[4 + 2 * s], pairs[2 * s + 1], pairs[5 + 2 * s],
-                      scaled[group][2 * s], scaled[group][2 * s + 1]);
-        }
-      }
     }
   }
 
@@ -395,14 +351,14 @@ class DraftWarp {
     }
     values += kPageTokens * 4;
     if (bits == 2) {
-      add_plane2(values, scaled);
+      add_plane2(values, lane_, scaled, out_);
     } else {
       if (bits == 8) {
-        add_plane4(values, kHighExponent, scaled);
+        add_plane4(values, kHighExponent, lane_, scaled, out_);
         ring.release();
         values = ring.wait();
       }
-      add_plane4(values, kLowExponent, scaled);
+      add_plane4(values, kLowExponent, lane_, scaled, out_);
     }
     ring.release();
   }
@@ -466,45 +422,6 @@ class DraftWarp {
       step_tiles(out_[2 * chunk + 1], out_[2 * chunk + 1], pairs, scaled, scaled + 4);
     }
     ring.release();
-  }
-
-  __device__ void add_plane4(const std::byte* plane, uint32_t exponent, const uint32_t (&scaled)[8]) {
-#pragma unroll
-    for (int tile = 0; tile < kHeadDim / 16; ++tile) {
-      uint32_t words[4];
-      read16(plane + (tile * 32 + lane_) * 16, words);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        uint32_t low[4];
-        uint32_t high[4];
-        unpack4(words[2 * half], exponent, low);
-        unpack4(words[2 * half + 1], exponent, high);
-#pragma unroll
-        for (int s = 0; s < 2; ++s) {
-          tensor_step(out_[tile], low[2 * s], high[2 * s], low[2 * s + 1], high[2 * s + 1], scaled[4 * half + 2 * s],
-                      scaled[4 * half + 2 * s + 1]);
-        }
-      }
-    }
-  }
-
-  __device__ void add_plane2(const std::byte* plane, const uint32_t (&scaled)[8]) {
-#pragma unroll
-    for (int tiles = 0; tiles < kHeadDim / 32; ++tiles) {
-      uint32_t words[4];
-      read16(plane + (tiles * 32 + lane_) * 16, words);
-#pragma unroll
-      for (int word = 0; word < 4; ++word) {
-        const int half = word % 2;
-        uint32_t pairs[8];
-        unpack2(words[word], pairs);
-#pragma unroll
-        for (int s = 0; s < 2; ++s) {
-          tensor_step(out_[2 * tiles + word / 2], pairs[2 * s], pairs[4 + 2 * s], pairs[2 * s + 1], pairs[5 + 2 * s],
-                      scaled[4 * half + 2 * s], scaled[4 * half + 2 * s + 1]);
-        }
-      }
-    }
   }
 
   int lane_;
