@@ -72,6 +72,7 @@ TrafficSetup random_setup(std::mt19937_64& random) {
     };
   }
   o.inject_corruption_every = below(4) == 0 ? static_cast<uint64_t>(250 + below(400)) : 0;
+  o.wire_form = below(3) == 0 ? WireForm::coded : WireForm::automatic;
   return setup;
 }
 

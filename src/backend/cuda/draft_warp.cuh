@@ -331,23 +331,10 @@ class DraftWarp {
   __device__ void add_packed(Ring& ring, int bits, const uint32_t (&weights)[8]) {
     const std::byte* values = ring.wait();
     uint32_t scaled[8];
-    const Middle middle = middle_of(bits);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const std::byte* affine = values + (32 * half + 8 * c_) * 2;
-      uint32_t scale[4];
-      uint32_t minimum[4];
-      read16(affine, scale);
-      read16(affine + kPageTokens * 2, minimum);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        scaled[4 * half + i] = multiply_pairs(weights[4 * half + i], scale[i]);
-      }
-      if (bits == 2) {
-        correct<true>(middle, scale, minimum, scaled + 4 * half, weights + 4 * half, by_middle_, by_affine_);
-      } else {
-        correct<false>(middle, scale, minimum, scaled + 4 * half, weights + 4 * half, by_middle_, by_affine_);
-      }
+    if (bits == 2) {
+      scale_weights<true>(values, middle_of(bits), weights, scaled);
+    } else {
+      scale_weights<false>(values, middle_of(bits), weights, scaled);
     }
     values += kPageTokens * 4;
     if (bits == 2) {
@@ -361,6 +348,25 @@ class DraftWarp {
       add_plane4(values, kLowExponent, lane_, scaled, out_);
     }
     ring.release();
+  }
+
+  // The weights times the scales of the tokens; affine: as in scale_queries().
+  template <bool kTwoBits>
+  __device__ void scale_weights(const std::byte* affine, const Middle& middle, const uint32_t (&weights)[8],
+                                uint32_t (&scaled)[8]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const std::byte* of_lane = affine + (32 * half + 8 * c_) * 2;
+      uint32_t scale[4];
+      uint32_t minimum[4];
+      read16(of_lane, scale);
+      read16(of_lane + kPageTokens * 2, minimum);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        scaled[4 * half + i] = multiply_pairs(weights[4 * half + i], scale[i]);
+      }
+      correct<kTwoBits>(middle, scale, minimum, scaled + 4 * half, weights + 4 * half, by_middle_, by_affine_);
+    }
   }
 
   template <typename Reader>
@@ -382,20 +388,7 @@ class DraftWarp {
       }
       add_pieces<Reader>(ring, chunks, levels, scaled);
     } else {
-      const Middle middle = chunk_middle<Reader>();
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const std::byte* affine = values + (32 * half + 8 * c_) * 2;
-        uint32_t scale[4];
-        uint32_t minimum[4];
-        read16(affine, scale);
-        read16(affine + kPageTokens * 2, minimum);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          scaled[4 * half + i] = multiply_pairs(weights[4 * half + i], scale[i]);
-        }
-        correct<false>(middle, scale, minimum, scaled + 4 * half, weights + 4 * half, by_middle_, by_affine_);
-      }
+      scale_weights<false>(values, chunk_middle<Reader>(), weights, scaled);
       if constexpr (Reader::kCode == KvCode::nuq) {
         auto* room = const_cast<std::byte*>(values) + kStageBytes - kWeightBytes;  // behind what is copied here
         add_outliers<kHeadDim>(values, part, weights, room, lane_, out_);
