@@ -203,7 +203,7 @@ class DraftWarp {
       float by_affine[4] = {};
       scale_queries<false>(keys, chunk_middle<Reader>(), scaled, by_middle, by_affine);
       if constexpr (Reader::kCode == KvCode::nuq) {
-        score_outliers<kHeadDim>(keys, part, own_q_, lane_, scores);
+        score_outliers<kHeadDim>(const_cast<std::byte*>(keys), part, own_q_, lane_, scores);
       }
       score_pieces<Reader>(ring, chunks, levels, scaled, scores);
       add_to_all(by_middle, by_affine, scores);
@@ -390,8 +390,8 @@ class DraftWarp {
     } else {
       scale_weights<false>(values, chunk_middle<Reader>(), weights, scaled);
       if constexpr (Reader::kCode == KvCode::nuq) {
-        auto* room = const_cast<std::byte*>(values) + kStageBytes - kWeightBytes;  // behind what is copied here
-        add_outliers<kHeadDim>(values, part, weights, room, lane_, out_);
+        auto* own = const_cast<std::byte*>(values);
+        add_outliers<kHeadDim>(own, part, weights, own + kStageBytes - kWeightBytes, lane_, out_);  // behind the copy
       }
       add_pieces<Reader>(ring, chunks, levels, scaled);
     }
