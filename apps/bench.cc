@@ -1,7 +1,6 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <functional>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -88,7 +87,7 @@ class Contender {
     options.max_sequences =
         std::min(static_cast<int>(group.prompts.size()), capacity(flags, session, group.context, compressed));
     engine_ = open_engine(session, options, flags.engine.device_memory, compressor, horizon);
-    result_.sequences = options.max_sequences;
+    sequences_ = options.max_sequences;
     result_.mode = compressed ? "compressed" : "full";
     result_.compressor = compressor;
     result_.context = group.context;
@@ -98,13 +97,11 @@ class Contender {
     const EngineStats& stats = engine_->stats();
     result_.peak_bytes = session.weight_bytes() + session.kernels().device_bytes() + engine_.device->used();
     result_.full_on_device = stats.full_on_device;
-    result_.step_bytes =
-        static_cast<size_t>(bytes_.weights + result_.sequences * (compressed ? bytes_.resident_kv : bytes_.full_kv));
   }
 
   void measure() {
     BenchSample sample;
-    sample.transcripts.resize(static_cast<size_t>(result_.sequences));
+    sample.transcripts.resize(static_cast<size_t>(sequences_));
     engine_->hold_decoding(true);
     const double start = now_seconds();
     for (size_t i = 0; i < sample.transcripts.size(); ++i) {
@@ -118,18 +115,21 @@ class Contender {
     }
     while (engine_->reading() && engine_->step()) {
     }
+    // Those for which host memory has no room wait for others to end: what is measured are those whose prompt is read.
+    result_.sequences =
+        static_cast<int>(std::count_if(sample.transcripts.begin(), sample.transcripts.end(), in_flight));
     sample.prefill = prompt_tokens(sample) / std::max(now_seconds() - start, 1e-9);
     engine_->hold_decoding(false);
     const SequenceStats before = engine_->stats().speculation;
     // Measured while all are in flight, until the first of them is done; and from when each has had a verdict, so that
     // at either end as many drafts are undecided. Where that leaves nothing, from the beginning.
     DecodingWindow window = begin_window();
-    const auto judged = [](const Transcript& t) { return t.tokens.size() > 1; };
+    const auto unjudged = [](const Transcript& t) { return t.tokens.size() == 1; };
     const auto done = [](const Transcript& t) { return t.finish.has_value(); };
     const auto any = [&](const auto& what) {
       return std::any_of(sample.transcripts.begin(), sample.transcripts.end(), what);
     };
-    while (!any(done) && any(std::not_fn(judged)) && engine_->step()) {
+    while (!any(done) && any(unjudged) && engine_->step()) {
     }
     if (!any(done)) {
       window = begin_window();
@@ -152,6 +152,8 @@ class Contender {
       texts.push_back(transcript.ids());
     }
     result_.distinct_8gram_share = distinct_8gram_share(texts);
+    result_.step_bytes = static_cast<size_t>(
+        bytes_.weights + result_.sequences * (result_.mode == "compressed" ? bytes_.resident_kv : bytes_.full_kv));
     if (reference != nullptr) {
       result_.identical = true;
       for (size_t r = 0; r < result_.samples.size(); ++r) {
@@ -173,17 +175,19 @@ class Contender {
     EngineStats stats;
   };
   DecodingWindow begin_window() const { return {now_seconds(), engine_->stats()}; }
+  // Its prompt is read.
+  static bool in_flight(const Transcript& transcript) { return !transcript.tokens.empty(); }
   static double prompt_tokens(const BenchSample& sample) {
     double tokens = 0;
     for (const Transcript& transcript : sample.transcripts) {
-      tokens += transcript.prompt_tokens;
+      tokens += in_flight(transcript) ? transcript.prompt_tokens : 0;
     }
     return tokens;
   }
   void end_window(BenchSample& sample, const DecodingWindow& window) const {
     const EngineStats& before = window.stats;
     const EngineStats& after = engine_->stats();
-    const double sequences = static_cast<double>(sample.transcripts.size());
+    const double sequences = result_.sequences;
     const double seconds = std::max(now_seconds() - window.seconds, 1e-9);
     const double tokens = static_cast<double>(after.decided_tokens - before.decided_tokens);
     sample.decode = tokens / seconds;
@@ -208,6 +212,7 @@ class Contender {
   const PromptGroup& group_;
   OpenEngine engine_;
   StepBytes bytes_;
+  int sequences_ = 0;  // submitted
   BenchResult result_;
 };
 
