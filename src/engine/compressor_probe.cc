@@ -35,6 +35,7 @@ void plan_candidate(const Transformer& model, const EngineOptions& options, cons
         tail + plan.resident_bytes + plan.query_window_bytes + plan.sequence_notes_bytes(shape) + plan.index_bytes;
     candidate.fixed_bytes = plan.activation_bytes + plan.scratch_bytes + plan.rounding_bytes + plan.staging_bytes +
                             std::max(plan.tail_bytes, tail) - tail;
+    candidate.stored_sequences = sequences_stored(plan, options, shape);
     if (plan.streaming) {
       candidate.wire_bytes = static_cast<size_t>(plan.max_len / kPageTokens) * page_set_bytes(shape);
     }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "base/error.h"
 #include "compress/key_rounding.h"
@@ -75,17 +76,18 @@ WireOptions wire_options(const Compressor* compressor, bool streaming, const Eng
   return wire;
 }
 
-// Sequences whose full KV is there at once: the next one needs its worst case, those before it have what their pages
-// take, as a rule a little less than this.
-int stored_at_once(int extents, int max_pages, const KvShape& shape, const WireOptions& wire) {
-  const int worst = extents_for(max_pages, shape, wire.code);
+// Sequences whose full KV so many extents hold at once: the next one needs its worst case, those before it have what
+// their pages take, as a rule a little less than this.
+int stored_at_once(size_t extents, int max_pages, const KvShape& shape, const WireOptions& wire) {
+  const auto worst = static_cast<size_t>(extents_for(max_pages, shape, wire.code));
   if (extents < worst) {
     return 0;
   }
   const double share = wire.code == ResidualCode::plain ? 1 : 1.0625 * wire.coded_share;
   const double bytes = share * static_cast<double>(static_cast<size_t>(max_pages) * page_bytes(shape));
-  const int settled = shape.layers * static_cast<int>(std::ceil(bytes / static_cast<double>(extent_bytes(shape))));
-  return 1 + (extents - worst) / std::min(settled, worst);
+  const auto settled = static_cast<size_t>(shape.layers) *
+                       static_cast<size_t>(std::ceil(bytes / static_cast<double>(extent_bytes(shape))));
+  return static_cast<int>(1 + (extents - worst) / std::min(settled, worst));
 }
 
 }  // namespace
@@ -196,6 +198,16 @@ MemoryPlan plan_memory(const Transformer& model, const Compressor* compressor, c
   plan.host_bytes += sequences * plan.board_bytes +
                      2 * aligned(static_cast<size_t>(plan.logit_rows) * sizeof(uint64_t)) + (size_t{1} << 20);
   return plan;
+}
+
+int sequences_stored(const MemoryPlan& plan, const EngineOptions& options, const KvShape& shape) {
+  if (plan.full_on_device || options.host_memory == 0) {
+    return std::numeric_limits<int>::max();
+  }
+  const auto in = [&](size_t bytes) {
+    return stored_at_once(bytes / extent_bytes(shape), pages_for(plan.max_len), shape, plan.wire);
+  };
+  return in(options.host_memory) + in(options.store_bytes);
 }
 
 int sequences_that_fit(const Transformer& model, const Compressor* compressor, const EngineOptions& options,

@@ -50,6 +50,10 @@ struct MemoryPlan {
 MemoryPlan plan_memory(const Transformer& model, const Compressor* compressor, const EngineOptions& options,
                        const Device& device);
 
+// Sequences of max_len tokens for whose full KV there is room outside the device at once, when all but the last are
+// read.
+int sequences_stored(const MemoryPlan& plan, const EngineOptions& options, const KvShape& shape);
+
 // Sequences of max_len tokens that can be in flight at once under `options` without their max_sequences, `most` at
 // most. Error as plan_memory, if it is not even one.
 int sequences_that_fit(const Transformer& model, const Compressor* compressor, const EngineOptions& options,

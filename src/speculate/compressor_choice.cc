@@ -19,7 +19,7 @@ int sequences_that_fit(const CompressorCandidate& candidate, const DecodingCircu
     return 0;
   }
   const size_t fit = (c.device_bytes - candidate.fixed_bytes) / std::max<size_t>(candidate.sequence_bytes, 1);
-  return static_cast<int>(std::min(fit, static_cast<size_t>(c.sequences)));
+  return static_cast<int>(std::min(fit, static_cast<size_t>(std::min(c.sequences, candidate.stored_sequences))));
 }
 
 // Every sequence decides one token in each pass.

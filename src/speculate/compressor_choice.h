@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <limits>
 #include <span>
 #include <string>
 #include <vector>
@@ -17,9 +18,10 @@ struct CompressorCandidate {
   size_t fixed_bytes = 0;     // of device memory, however many sequences there are; it has to hold one at least
   size_t sequence_bytes = 0;  // of device memory, of one sequence: its resident KV first of all
   size_t wire_bytes = 0;      // that one verification of one sequence brings in
-  double agreed = 0;          // draft tokens that were the exact ones
-  double judged = 0;          // of so many
-  double draft_base = 0;      // seconds of a draft step of n sequences: base + n * row
+  int stored_sequences = std::numeric_limits<int>::max();  // whose full KV there is room for outside the device
+  double agreed = 0;                                       // draft tokens that were the exact ones
+  double judged = 0;                                       // of so many
+  double draft_base = 0;                                   // seconds of a draft step of n sequences: base + n * row
   double draft_row = 0;
 };
 

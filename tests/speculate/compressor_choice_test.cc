@@ -73,6 +73,18 @@ TEST(CompressorChoice, MemoryDecidesHowManySequencesRun) {
   EXPECT_EQ(forecast(small, here).tokens_per_second, 0);
 }
 
+TEST(CompressorChoice, SoDoesTheRoomForTheirFullKv) {
+  DecodingCircumstances here = roomy();
+  here.sequences = 8;
+  CompressorCandidate candidate = drafting("x", 0.9);
+  EXPECT_EQ(forecast(candidate, here).sequences, 8);
+  candidate.stored_sequences = 3;
+  EXPECT_EQ(forecast(candidate, here).sequences, 3);
+  candidate.stored_sequences = 0;
+  EXPECT_EQ(forecast(candidate, here).tokens_per_second, 0);
+  EXPECT_EQ(forecast(candidate, here).bound, DecodingBound::memory);
+}
+
 TEST(CompressorChoice, TheBestForecastWinsAndSaysWhy) {
   // With room for one sequence the exact drafts win; where memory is short, those that let many run.
   CompressorCandidate fine = drafting("fine", 0.99);
