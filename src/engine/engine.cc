@@ -219,7 +219,7 @@ void Engine::State::plan_replay(Sequence& s) const {
 
 void Engine::State::update_load(const Sequence& s) {
   // What ends only waits for its pages to be out, and what lost them for room to have them anew.
-  const bool ends = s.finish || s.cancelled || (s.full && s.full->extents() == 0);
+  const bool ends = s.finish || s.cancelled || s.evicted();
   const bool replays = !ends && s.backlog() == 1 && s.replays();
   const int room = model.weights().rope.positions - s.verified;
   scheduler->update(s.id, {.backlog = ends ? 0 : s.backlog(),
@@ -358,8 +358,7 @@ bool Engine::reading() const {
       state_->scheduler->admits() || any([](const Sequence& s) { return s.full && s.full->accounted() < s.storing; });
   return any([room](const Sequence& s) {
     const bool reads = s.decided() == 0 || s.backlog() > 1 || s.replays();
-    const bool placed = s.tail && !(s.full && s.full->extents() == 0);
-    return !s.finish && !s.cancelled && reads && (placed || room);
+    return !s.finish && !s.cancelled && reads && ((s.tail && !s.evicted()) || room);
   });
 }
 

@@ -231,11 +231,7 @@ int sequences_that_fit(const Transformer& model, const Compressor* compressor, c
                                             : resident_pages_for(*compressor, plan.max_len, shape);
     const bool resident = plan.streaming || plan.resident_pages >= count * pages;
     const bool staged = !plan.streaming || plan.wire.slot_pages >= count * max_pages;
-    const bool stored =
-        plan.full_on_device || stored_at_once(plan.host_extents, max_pages, shape, plan.wire) +
-                                       stored_at_once(plan.store_extents, max_pages, shape, plan.wire) >=
-                                   count;
-    if (!resident || !staged || !stored) {
+    if (!resident || !staged || sequences_stored(plan, o, shape) < count) {
       return fit;
     }
     fit = count;

@@ -64,6 +64,8 @@ struct Sequence {
   int decided() const { return static_cast<int>(tokens.size()) - prompt_tokens; }
   int backlog() const { return static_cast<int>(tokens.size()) - verified; }
   bool replays() const { return replayed < replay_tokens; }
+  // Its full KV has no room outside the device, and waits for it.
+  bool evicted() const { return full && full->extents() == 0; }
   // Drafts beyond this many could not be of use: the token after them is the last.
   int useful_drafts() const { return max_tokens - decided() - 1; }
 

@@ -18,10 +18,11 @@ struct CompressorCandidate {
   size_t fixed_bytes = 0;     // of device memory, however many sequences there are; it has to hold one at least
   size_t sequence_bytes = 0;  // of device memory, of one sequence: its resident KV first of all
   size_t wire_bytes = 0;      // that one verification of one sequence brings in
-  int stored_sequences = std::numeric_limits<int>::max();  // whose full KV there is room for outside the device
-  double agreed = 0;                                       // draft tokens that were the exact ones
-  double judged = 0;                                       // of so many
-  double draft_base = 0;                                   // seconds of a draft step of n sequences: base + n * row
+  // Whose full KV there is room for outside the device.
+  int stored_sequences = std::numeric_limits<int>::max();
+  double agreed = 0;      // draft tokens that were the exact ones
+  double judged = 0;      // of so many
+  double draft_base = 0;  // seconds of a draft step of n sequences: base + n * row
   double draft_row = 0;
 };
 

@@ -95,13 +95,13 @@ __device__ inline void add_step(float (&tile)[4], const uint32_t (&rows)[2], con
 template <int kHeadDim>
 __device__ inline void score_outliers(std::byte* keys, const KvPart& part, const uint16_t* q, int lane,
                                       float (&scores)[4][4]) {
-  // score_token(), backwards: the row among the 8 that a lane of g holds, and its g.
+  // score_token(), backwards: the row among the 8 that a lane of g holds, and its g. As many as tokens.
   const auto row_of = [](uint32_t token) {
     return (token / 32 * 4 + token % 8 / 2) * 8 + (token % 32 / 8 * 2 + token % 2);
   };
   const int used =
       prepare_slots<true, kHeadDim>(keys, part.bits, outlier_slots(part, kHeadDim), lane,
-                                    [&](uint32_t dim, uint32_t token) { return dim * 64 + row_of(token); });
+                                    [&](uint32_t dim, uint32_t token) { return dim * kPageTokens + row_of(token); });
   const uint32_t* all = slots_of(keys, kHeadDim);
   const auto g = static_cast<uint32_t>(lane / 4);
 #pragma unroll 1
@@ -110,11 +110,12 @@ __device__ inline void score_outliers(std::byte* keys, const KvPart& part, const
     uint32_t query[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      query[i] = q == nullptr ? 0 : __ldg(q + slot_place(step.slots[i]) / 64);
+      query[i] = q == nullptr ? 0 : __ldg(q + slot_place(step.slots[i]) / kPageTokens);
     }
     const uint32_t b0 = join_pair(query[0], query[1]);
     const uint32_t b1 = join_pair(query[2], query[3]);
-    const uint32_t rows[2] = {step.places[0] & 63 * kBothHalves, step.places[1] & 63 * kBothHalves};
+    const uint32_t rows[2] = {step.places[0] & (kPageTokens - 1) * kBothHalves,
+                              step.places[1] & (kPageTokens - 1) * kBothHalves};
 #pragma unroll
     for (uint32_t tile = 0; tile < 4; ++tile) {
       add_step(scores[tile], rows, step.distances, 16 * tile + g, 16 * tile + 8 + g, b0, b1);
@@ -131,27 +132,29 @@ constexpr int kWeightBytes = 8 * kPageTokens * 2;
 template <int kHeadDim>
 __device__ inline void add_outliers(std::byte* values, const KvPart& part, const uint32_t (&weights)[8],
                                     std::byte* room, int lane, float (&out)[kHeadDim / 16][4]) {
+  constexpr uint32_t kDims = 128;  // a power of two, of any head
+  static_assert(kHeadDim <= kDims);
   const int g = lane / 4;
   const int c = lane % 4;
   auto* of_tokens = reinterpret_cast<uint4*>(room) + g * (kPageTokens / 8) + c;
   of_tokens[0] = make_uint4(weights[0], weights[1], weights[2], weights[3]);
   of_tokens[4] = make_uint4(weights[4], weights[5], weights[6], weights[7]);
   const int used = prepare_slots<false, kPageTokens>(values, part.bits, outlier_slots(part, kHeadDim), lane,
-                                                     [](uint32_t dim, uint32_t token) { return token * 128 + dim; });
+                                                     [](uint32_t dim, uint32_t token) { return token * kDims + dim; });
   const uint32_t* all = slots_of(values, kPageTokens);
   const auto* mine = reinterpret_cast<const uint16_t*>(room) + g * kPageTokens;
-  const auto dim_of = [&](int slot) { return slot_place(all[slot]) % 128; };
+  const auto dim_of = [&](int slot) { return slot_place(all[slot]) % kDims; };
 #pragma unroll 1
   for (int first = 0; first < used; first += kStepSlots) {
     const SlotPairs step = read_slots(all, first + 4 * c, used);
     uint32_t weight[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      weight[i] = mine[slot_place(step.slots[i]) / 128];
+      weight[i] = mine[slot_place(step.slots[i]) / kDims];
     }
     const uint32_t b0 = join_pair(weight[0], weight[1]);
     const uint32_t b1 = join_pair(weight[2], weight[3]);
-    const uint32_t rows[2] = {step.places[0] & 127 * kBothHalves, step.places[1] & 127 * kBothHalves};
+    const uint32_t rows[2] = {step.places[0] & (kDims - 1) * kBothHalves, step.places[1] & (kDims - 1) * kBothHalves};
     // Slots lie by rising dim: few tiles have any of these.
     const uint32_t lowest = dim_of(first) / 16;
     const uint32_t highest = dim_of(min(first + kStepSlots, used) - 1) / 16;

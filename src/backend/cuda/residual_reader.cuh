@@ -21,12 +21,6 @@ __device__ inline uint32_t pack_field(const ResidualField& field) {
 __device__ inline uint32_t field_step(uint32_t field) {
   return select_or(field, 0x8000u, 0xffff0000u);  // -2^15 or -2^16
 }
-// The place of the highest bit that is set; -1 of none.
-__device__ inline int highest_bit(uint32_t word) {
-  int place;
-  asm("bfind.u32 %0, %1;" : "=r"(place) : "r"(word));
-  return place;
-}
 // All ones in each half whose highest bit is set.
 __device__ inline uint32_t fill_halves(uint32_t word) {
   uint32_t filled;
